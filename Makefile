@@ -1,0 +1,42 @@
+# make demo, make test, make lint: each first sets up what it needs in .venv, and only what changed.
+#
+# TORCH is given to pip as it stands, so a machine without a GPU can name an index of CPU builds:
+#   make test TORCH="torch -i ADDRESS_OF_THE_INDEX"
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,\
+	$(shell $(p) -c 'import sys, ensurepip; print("$(p)") if sys.version_info >= (3, 11) else None' 2>/dev/null)))
+TORCH ?= torch==2.13.0
+MODEL ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := $(shell find src native -type f ! -name '*.so' ! -name '*.pyc') pyproject.toml README.md LICENSE
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	@$(BIN)/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)")
+
+test: $(VENV)/installed
+	@$(BIN)/pytest
+
+lint: $(VENV)/installed
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+
+clean:
+	rm -rf $(VENV) build dist demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests scripts examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/torch:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv here; install one, or name it: make PYTHON=..."; exit 1; }
+	@echo "Setting up $(VENV): $(TORCH)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install $(TORCH)
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	@echo "Setting up $(VENV): elastiq"
+	@$(PIP) install '.[all,dev]'
+	@touch $@

@@ -1,0 +1,236 @@
+"""Judge one dense causal language model against another: perplexity, KL divergence and top-1 agreement.
+
+Plain torch and transformers. It shares no line with elastiq's own evaluation, so that the two can check each other, and
+it runs in every peer's environment, whatever versions that peer pins.
+
+    python evaluate_dense.py FULL_MODEL_DIR OTHER_MODEL_DIR --texts a.txt b.txt --json scores.json
+    python evaluate_dense.py FULL_MODEL_DIR --texts a.txt            # the full model alone
+
+Protocol: a text file is tokenized as one string without special tokens and cut from its beginning into windows of
+--seq-len tokens that do not overlap; every window gives seq_len - 1 predictions. Weights are read as stored and all
+arithmetic is float32; the divergence is summed in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DATA = Path("../shared/data")
+CALIBRATION = DATA / "wikitext-2/train.txt"
+TEXTS = (DATA / "wikitext-2/test.raw.txt", DATA / "books/heldout_20.txt")
+KEY = ("peer", "variant", "model", "bits", "text")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one text says about a model: `kl_*` in nats per predicted position, against the full model."""
+
+    perplexity: float
+    full_perplexity: float
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    positions: int
+
+
+def read_windows(model_dir: Path, text: Path, count: int, seq_len: int) -> torch.Tensor:
+    """The first `count` windows of a text file as token ids [count, seq_len]. Raises ValueError if it is too short."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    content = text.read_text(encoding="utf-8")
+    # A window of 512 tokens never needs more than 40 characters a token here; tokenizing the rest would be waste, and
+    # the cut lies so far behind the last window that it cannot change a token inside.
+    ids = tokenizer(content[: count * seq_len * 40 + 100_000], add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < count * seq_len:
+        raise ValueError(f"{text}: {len(ids)} tokens, but {count} windows of {seq_len} need {count * seq_len}")
+    return torch.tensor(ids[: count * seq_len]).reshape(count, seq_len)
+
+
+def load_dense(model_dir: Path) -> nn.Module:
+    """A causal language model from a folder, its stored weights cast to float32, in evaluation mode."""
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+
+
+def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The matrices that every peer quantizes: all linear layers but the output head."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.endswith("lm_head")
+    }
+
+
+def load_quantized(model_dir: Path, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The model of `model_dir` with all its decoder matrices replaced. Raises ValueError on a mismatch."""
+    model = load_dense(model_dir)
+    linears = decoder_linears(model)
+    if linears.keys() != weights.keys():
+        raise ValueError(f"matrices differ: {sorted(linears.keys() ^ weights.keys())[:4]} ...")
+    for name, linear in linears.items():
+        if linear.weight.shape != weights[name].shape:
+            raise ValueError(f"{name}: weight {tuple(linear.weight.shape)} but given {tuple(weights[name].shape)}")
+        linear.weight.data = weights[name].to(torch.float32).contiguous()
+    return model
+
+
+def most_values_per_group(weight: torch.Tensor, group_size: int) -> int:
+    """The largest number of distinct values in any group of a row: at most 2**bits if the weight was quantized."""
+    groups = weight.detach().float().reshape(-1, group_size).sort(dim=1).values
+    return int((groups.diff(dim=1) != 0).sum(dim=1).max()) + 1
+
+
+def check_quantized(weights: Mapping[str, torch.Tensor], bits: int, group_size: int) -> None:
+    """Raises ValueError unless every group of every matrix holds at most 2**bits values: nothing full slips through."""
+    for name, weight in weights.items():
+        count = most_values_per_group(weight, group_size)
+        if count > 2**bits:
+            raise ValueError(f"{name}: a group of {group_size} holds {count} values, more than 2**{bits}")
+
+
+def _divergence(full_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(full || other) for every position, in float64, a few positions at a time to bound memory."""
+    parts = []
+    for full_part, part in zip(full_logits.split(64), logits.split(64), strict=True):
+        full_log = full_part.double().log_softmax(-1)
+        parts.append((full_log.exp() * (full_log - part.double().log_softmax(-1))).sum(-1))
+    return torch.cat(parts)
+
+
+@dataclass
+class _Sums:
+    """What accumulates over the windows for one model."""
+
+    nll: float
+    kl: list[torch.Tensor]
+    agree: list[torch.Tensor]
+
+
+@torch.inference_mode()
+def evaluate(full: nn.Module, others: Sequence[nn.Module], windows: torch.Tensor) -> list[Scores]:
+    """Compare each of `others` with `full` over windows of token ids [count, seq_len]; the full model runs once."""
+    full_nll, held = 0.0, [_Sums(0.0, [], []) for _ in others]
+    for ids in windows:
+        full_logits = full(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+        full_nll += nn.functional.cross_entropy(full_logits, ids[1:], reduction="sum").item()
+        for other, sums in zip(others, held, strict=True):
+            logits = other(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+            sums.nll += nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+            sums.kl.append(_divergence(full_logits, logits))
+            sums.agree.append(full_logits.argmax(-1) == logits.argmax(-1))
+    positions = windows.shape[0] * (windows.shape[1] - 1)
+    return [_scores(sums, full_nll, positions) for sums in held]
+
+
+def _scores(sums: _Sums, full_nll: float, positions: int) -> Scores:
+    divergence = torch.cat(sums.kl)
+    return Scores(
+        perplexity=math.exp(min(sums.nll / positions, 700.0)),
+        full_perplexity=math.exp(full_nll / positions),
+        kl_mean=divergence.mean().item(),
+        kl_p99=divergence.quantile(0.99).item(),
+        kl_max=divergence.max().item(),
+        top1_agreement=torch.cat(sums.agree).double().mean().item(),
+        positions=positions,
+    )
+
+
+class Meter:
+    """Seconds and peak memory of one piece of work; the peak is that of the process since its start."""
+
+    seconds: float = 0.0
+    peak_mib: float = 0.0
+
+
+@contextmanager
+def measure() -> Iterator[Meter]:
+    """Time the body; the fields are filled in when it ends."""
+    meter, begin = Meter(), time.perf_counter()
+    yield meter
+    meter.seconds = time.perf_counter() - begin
+    meter.peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def save_rows(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a JSON list, replacing those of the same peer, variant, model, bits and text; None prints only."""
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    if path is None:
+        return
+    held = json.loads(path.read_text()) if path.exists() else []
+    fresh = {tuple(row.get(name) for name in KEY) for row in rows}
+    held = [row for row in held if tuple(row.get(name) for name in KEY) not in fresh] + rows
+    path.write_text(json.dumps(held, indent=1) + "\n")
+
+
+def rounded(scores: Scores) -> dict[str, float | int]:
+    """The scores as a row's fields, six significant digits each."""
+    return {k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in asdict(scores).items()}
+
+
+def judge(
+    model_dir: Path,
+    others: Sequence[tuple[Mapping[str, Any], nn.Module]],
+    texts: Sequence[Path],
+    windows: int,
+    seq_len: int,
+) -> list[dict[str, Any]]:
+    """One row per model and text: the fields given with the model, then the scores against `model_dir`."""
+    full = load_dense(model_dir)
+    rows = []
+    for text in texts:
+        ids = read_windows(model_dir, text, windows, seq_len)
+        place = {"model": model_dir.resolve().name, "text": f"{text.parent.name}/{text.name}"}
+        for (fields, _), scores in zip(others, evaluate(full, [other for _, other in others], ids), strict=True):
+            rows.append({**fields, **place, **rounded(scores)})
+    return rows
+
+
+def common_arguments(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that every script of this folder takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_dir", type=Path, help="plain Hugging Face folder of the full model")
+    parser.add_argument("--texts", type=Path, nargs="+", default=list(TEXTS), help="texts to evaluate on")
+    parser.add_argument("--windows", type=int, default=24, help="windows of each text")
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--json", type=Path, help="file of rows to add the results to")
+    return parser
+
+
+def calibration_arguments(description: str | None) -> argparse.ArgumentParser:
+    """The arguments of a script that quantizes."""
+    parser = common_arguments(description)
+    parser.add_argument("--calibration", type=Path, default=CALIBRATION, help="text to calibrate on")
+    parser.add_argument("--num-samples", type=int, default=32)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--skip-evaluation", action="store_true", help="quantize, report time and memory only")
+    return parser
+
+
+def main() -> None:
+    """Judge one folder against another, or the full model alone."""
+    parser = common_arguments(__doc__)
+    parser.add_argument("other_dir", type=Path, nargs="?", help="folder of the other model, in plain weights")
+    parser.add_argument("--name", default="full", help="name of the other model in the rows")
+    args = parser.parse_args()
+    with measure() as meter:
+        other = load_dense(args.other_dir or args.model_dir)
+        rows = judge(args.model_dir, [({"peer": args.name}, other)], args.texts, args.windows, args.seq_len)
+    save_rows(args.json, rows)
+    print(f"{meter.seconds:.1f} s, peak {meter.peak_mib:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Benchmarks of elastiq: `python benchmarks/run.py CASE --json FILE`.
+
+quality: one nested file against files made for each width alone, at every width, on a model and a text.
+size: time and peak memory of quantizing one model, measured in a process of its own.
+
+Finished checkpoints are kept in --work and taken again, so an interrupted benchmark goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import elastiq
+from elastiq.evaluate import evaluate, write_json
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+
+Model = Annotated[Path, typer.Option(help="Directory of the 16-bit model.")]
+Work = Annotated[Path, typer.Option(help="Where checkpoints are kept.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the rows here.")]
+
+
+@app.command()
+def quality(
+    model: Model,
+    calibration: Annotated[Path, typer.Option(help="Calibration text.")],
+    text: Annotated[list[Path], typer.Option(help="Evaluation texts.")],
+    work: Work = Path("benchmarks/work"),
+    levels: str = "2,3,4,6,8",
+    alone: Annotated[str, typer.Option(help="Widths to make on their own as well.")] = "2,3,4",
+    group_size: int = 64,
+    num_samples: int = 32,
+    num_windows: int = 24,
+    token_weights: str = "output",
+    json_file: Json = None,
+) -> None:
+    """One nested file, and GPTQ (with refit and coordinate descent) made for each width alone, at every width."""
+    widths = tuple(int(level) for level in levels.split(","))
+    cases: dict[str, elastiq.Recipe] = {
+        "nested": elastiq.recipes.nested(widths, group_size, token_weights=token_weights),
+        **{
+            f"gptq-{level}": elastiq.recipes.gptq((int(level),), group_size, token_weights=token_weights)
+            for level in alone.split(",")
+            if level
+        },
+    }
+    rows = []
+    for name, recipe in cases.items():
+        output = work / f"{model.name}-{name}-g{group_size}-{token_weights}"
+        summary = elastiq.quantize(model, output, recipe, calibration, num_samples=num_samples)
+        for path in text:
+            result = evaluate(output, recipe.levels, path, against=str(model), window=512, num_windows=num_windows)
+            for level in result["levels"]:
+                row = {"model": model.name, "case": name, "text": path.name, "full": result["full"]["perplexity"]}
+                rows.append(row | level)
+                print_row(rows[-1])
+        print(f"{name}: {summary.seconds:.0f} s, peak {summary.peak_memory / 1e9:.2f} GB", flush=True)
+    if json_file:
+        write_json(json_file, {"rows": rows})
+
+
+@app.command()
+def size(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Checkpoint directory.")],
+    arguments: Annotated[list[str], typer.Argument(help="Further arguments of `elastiq quantize`.")],
+    json_file: Json = None,
+) -> None:
+    """Seconds and peak memory of `elastiq quantize MODEL -o OUTPUT ARGUMENTS`."""
+    begin = time.perf_counter()
+    command = [str(Path(sys.executable).with_name("elastiq")), "quantize", str(model), "-o", str(output), *arguments]
+    status = subprocess.run(command, check=False).returncode
+    row = {
+        "model": model.name,
+        "arguments": arguments,
+        "status": status,
+        "seconds": time.perf_counter() - begin,
+        "peak_memory": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+    }
+    print(json.dumps(row, indent=1))
+    if json_file:
+        write_json(json_file, {"rows": [row]})
+    raise typer.Exit(status)
+
+
+def print_row(row: dict[str, Any]) -> None:
+    print(
+        f"{row['model']:>12} {row['case']:>8} {row['text']:>16} {row['bits']} bits ({row['bits_per_weight']:.2f}): "
+        f"perplexity {row['perplexity']:.2f} (full {row['full']:.2f}), KL {row['kl_mean']:.4f}, "
+        f"top-1 {row['top1_agreement']:.3f}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    app()

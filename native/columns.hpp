@@ -1,0 +1,46 @@
+// The inner loops of the solvers: a group's columns for blocks of 16 rows.
+//
+// Arrays keep the rows last, so that one vector holds one column of 16 rows; `rows` is a multiple of 16.
+// Rows never meet, so the result does not depend on the number of threads.
+#pragma once
+#include <cstdint>
+
+namespace elastiq {
+
+constexpr int kLanes = 16;
+constexpr int kMaxLevels = 8;
+constexpr int kMaxBeam = 16;
+
+struct Nest {
+  int num_levels;
+  int bits[kMaxLevels];      // ascending widths; a code has bits[num_levels - 1] bits
+  float lambda[kMaxLevels];  // weight of each level in the choice of a code
+  int beam;                  // candidates kept from one level to the next
+};
+
+struct Columns {
+  int columns;              // columns in this call
+  int groups;               // groups that scale and zero cover
+  int rows;
+  const int32_t* group_of;  // [columns] group of each column
+  const float* scale;       // [groups, levels, rows]
+  const float* zero;        // [groups, levels, rows]
+  int threads;
+};
+
+// Each function fills what its Python twin in columns.py describes.
+struct Functions {
+  // weight [columns, levels, rows] is overwritten by the compensated weights;
+  // upper [columns, columns]; codes [columns, rows]; error [columns, levels, rows].
+  void (*greedy)(const Nest&, const Columns&, const float* upper, float* weight, uint8_t* codes, float* error);
+  // codes [columns, rows] and gradient [columns, levels, rows] are updated in place; hessian [columns, columns].
+  void (*descend)(const Nest&, const Columns&, const float* hessian, float* gradient, uint8_t* codes);
+  // weight [columns, levels, rows], importance [columns], shrink [num_shrink];
+  // scale and zero [levels, rows] are written.
+  void (*fit)(const Nest&, int columns, int rows, const float* importance, const float* weight, const float* shrink,
+              int num_shrink, bool symmetric, float* scale, float* zero, int threads);
+};
+
+extern const Functions portable, avx2, avx512;
+
+}  // namespace elastiq

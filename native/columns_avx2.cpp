@@ -1,0 +1,2 @@
+#define ELASTIQ_TARGET avx2
+#include "columns.inl"

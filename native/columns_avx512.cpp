@@ -1,0 +1,2 @@
+#define ELASTIQ_TARGET avx512
+#include "columns.inl"

@@ -1,0 +1,2 @@
+#define ELASTIQ_TARGET portable
+#include "columns.inl"

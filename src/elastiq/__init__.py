@@ -1,0 +1,18 @@
+"""Quantize a model once into one nested checkpoint, run it at any precision.
+
+    import elastiq
+
+    elastiq.quantize("MODEL_DIR", "OUT", elastiq.recipes.nested(levels=(2, 3, 4, 6, 8)))
+    model = elastiq.load("OUT", bits=3)
+    elastiq.set_bits(model, 6)
+"""
+
+from importlib.metadata import version
+
+from . import recipes
+from .core import ElastiqError, Recipe
+from .load import load, set_bits
+from .quantize import plan, quantize
+
+__version__ = version("elastiq")
+__all__ = ["ElastiqError", "Recipe", "__version__", "load", "plan", "quantize", "recipes", "set_bits"]

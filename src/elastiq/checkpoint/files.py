@@ -1,0 +1,103 @@
+"""Durable writing, bounded reading."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..core import ElastiqError
+
+CHUNK = 1 << 20
+MAX_JSON = 256 << 20
+"""Largest JSON file that is read, in bytes."""
+
+
+def write_durably(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
+    """Write buffers to `path` so that they survive a crash; {"sha256", "size"} of what was written."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"sha256": digest.hexdigest(), "size": size}
+
+
+def replace_durably(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, then rename it to `path`: the path holds all of it or nothing."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def json_bytes(data: object, what: str) -> bytes:
+    """The one spelling of `data` as JSON. Raises ElastiqError for a number that is not finite."""
+    try:
+        return (json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    except ValueError as error:
+        raise ElastiqError(
+            f"{what}: a number in it is not finite ({error}); write null where nothing is known"
+        ) from None
+
+
+def read_json(path: Path) -> Any:
+    """What the JSON file holds. Raises ElastiqError if it is missing, larger than MAX_JSON or not JSON."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ElastiqError(f"{path}: larger than {MAX_JSON >> 20} MiB, which no {path.name} is; get it again")
+        return json.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise ElastiqError(f"{path}: cannot be read ({error.strerror}); copy it from the original checkpoint") from None
+    except (ValueError, RecursionError):
+        raise ElastiqError(f"{path}: not readable as JSON; copy it from the original checkpoint") from None
+
+
+def range_chunks(path: Path, start: int, size: int) -> Iterator[bytes]:
+    """The `size` bytes of a file from `start`, piece by piece."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        while size:
+            chunk = file.read(min(size, CHUNK))
+            if not chunk:
+                raise ElastiqError(f"{path}: ends early; it was changed while it was read")
+            size -= len(chunk)
+            yield chunk
+
+
+def sha256(path: Path) -> str:
+    """Digest of a whole file. Raises ElastiqError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ElastiqError(f"{path}: cannot be read ({error.strerror}); copy it from the original checkpoint") from None
+
+
+@contextmanager
+def disk_errors(output: Path, remedy: str) -> Iterator[None]:
+    """Turn what the file system refuses into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ElastiqError(f"{output}: the disk is full; free some space, then {remedy}") from error
+        where = error.filename or output
+        raise ElastiqError(f"{output}: cannot write {where} ({error.strerror}); mend that, then {remedy}") from error

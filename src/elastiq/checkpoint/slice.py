@@ -1,0 +1,64 @@
+"""A smaller checkpoint from a larger one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..core import ElastiqError
+from .assemble import checksums, index
+from .files import disk_errors, json_bytes, range_chunks, sync_directory, write_durably
+from .names import BASE, CHECKSUMS, CONFIG, INDEX, plane_file
+from .reader import CheckpointReader
+
+
+def slice_checkpoint(path: str | Path, bits: int, output: str | Path) -> None:
+    """Write to `output` the part of a checkpoint that reads at up to `bits`, with a true index and checksums.
+
+    Every file is checked against its checksum while it is copied; `output` appears whole or not at all. Raises
+    ElastiqError if the checkpoint cannot give `bits`, a file was altered, or `output` exists.
+    """
+    reader, output = CheckpointReader(path), Path(output).absolute()
+    reader.require(bits)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ElastiqError(f"{output}: exists already; choose another output")
+    with disk_errors(output, "slice again"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        work = output.with_name(f"{output.name}.slicing")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            _fill(work, reader, bits)
+            os.rename(work, output)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        sync_directory(output.parent)
+
+
+def _fill(work: Path, reader: CheckpointReader, bits: int) -> None:
+    manifest = dataclasses.replace(reader.manifest, planes=bits)
+    all_planes = {plane_file(plane) for plane in range(1, reader.manifest.planes + 1)}
+    needed = {BASE, *(plane_file(plane) for plane in range(1, bits + 1))}
+    digests: dict[str, dict[str, Any]] = {}
+    for name, digest in sorted(reader.digests.items()):
+        source = reader.path / name
+        if name in (CONFIG, INDEX) or (name in all_planes and name not in needed) or not source.is_file():
+            continue
+        digests[name] = write_durably(work / name, range_chunks(source, 0, source.stat().st_size))
+        if digests[name]["sha256"] != digest:
+            raise ElastiqError(f"{source}: altered (its checksum is not the recorded one); copy it again")
+    uncovered = sorted(needed - set(digests))
+    if uncovered:
+        raise ElastiqError(f"{reader.path}: checksums.json does not cover {uncovered[0]}; copy it from the original")
+    documents = {
+        CONFIG: {**reader.config, "quantization_config": manifest.to_dict()},
+        INDEX: index(manifest, reader.base_specs),
+    }
+    for name, data in documents.items():
+        digests[name] = write_durably(work / name, [json_bytes(data, name)])
+    write_durably(work / CHECKSUMS, [json_bytes(checksums(digests), CHECKSUMS)])
+    sync_directory(work)

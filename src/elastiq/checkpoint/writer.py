@@ -1,0 +1,212 @@
+"""Write a checkpoint block by block, so that a killed run loses one block at most."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from ..core import ElastiqError, QuantizedWeight, Recipe, Site
+from .assemble import assemble
+from .files import disk_errors, json_bytes, read_json, replace_durably, sync_directory, write_durably
+from .fingerprint import differences
+from .lock import try_lock
+from .manifest import Manifest
+from .names import CHECKSUMS, CONFIG, FINGERPRINT, MADE_LATER
+from .units import read_unit_file, unit_weights, write_unit_file
+
+_UNIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,100}")
+_RESUME = "run the same command again (finished blocks are kept)"
+
+
+def work_directory(output: Path) -> Path:
+    """Where a run keeps its finished blocks until the checkpoint is whole."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def is_finished(output: str | Path, fingerprint: dict[str, Any]) -> bool:
+    """Whether `output` is the finished checkpoint of a run with this fingerprint; clears what such a run left over.
+
+    False where nothing is there yet. Raises ElastiqError if something else is there, or a checkpoint made from
+    something else (naming the difference), or a damaged one.
+    """
+    output = Path(output).absolute()
+    if _is_vacant(output):
+        return False
+    manifest = _refuse_other(output, _plain(fingerprint))
+    if manifest.planes < manifest.levels[-1]:
+        raise ElastiqError(f"{output}: a slice of the checkpoint is there; choose another output")
+    for name, row in _recorded(output).items():
+        path = output / name
+        if not path.is_file() or path.stat().st_size != row["size"]:
+            raise ElastiqError(f"{output}: {name} is missing or cut short; copy it again, or start over with --restart")
+    work = work_directory(output)
+    if work.is_dir() and (lock := try_lock(work / "lock")) is not None:
+        shutil.rmtree(work)
+        lock.close()
+    return True
+
+
+class CheckpointWriter:
+    """Collects units (one per block) durably in `<output>.partial`, then makes the whole checkpoint at once.
+
+    fingerprint: JSON-ready description of everything the bytes depend on (recipe, model, calibration, ...). A run that
+    finds units of another fingerprint, or another checkpoint at `output`, is refused with what differs; with `restart`
+    it starts over and replaces that checkpoint. One process at a time: the lock dies with its holder. Use it as a
+    context manager, or `close` it.
+    """
+
+    def __init__(self, output: str | Path, fingerprint: dict[str, Any], restart: bool = False) -> None:
+        self.output = Path(output).absolute()
+        self.fingerprint = _plain(fingerprint)
+        self.work = work_directory(self.output)
+        with disk_errors(self.output, _RESUME):
+            _check_output(self.output, self.fingerprint, restart)
+            self._lock()
+            try:
+                _check_output(self.output, self.fingerprint, restart)
+                self._open(restart)
+            except BaseException:
+                self.close()
+                raise
+
+    def finished(self) -> set[str]:
+        """Names of the durable units."""
+        return {path.stem for path in self._units.glob("*.safetensors")}
+
+    def write_unit(self, unit: str, weights: dict[Site, QuantizedWeight], rows: list[dict[str, Any]]) -> None:
+        """Make the matrices of one unit durable; `rows` are their entries of the level table, one per site."""
+        path = self._unit_path(unit)
+        with disk_errors(self.output, _RESUME):
+            replace_durably(path, lambda temporary: write_unit_file(temporary, weights, rows))
+
+    def read_unit(self, unit: str) -> dict[str, QuantizedWeight]:
+        """The matrices of a durable unit by site name."""
+        return unit_weights(read_unit_file(self._unit_path(unit)))
+
+    def finish(
+        self,
+        base: Iterator[tuple[str, Tensor]],
+        source_dir: Path,
+        config: dict[str, Any],
+        recipe: Recipe,
+        info: dict[str, Any],
+    ) -> None:
+        """Merge the units into the checkpoint and put it at `output` with one rename; the writer is closed afterwards.
+
+        base: everything of the model that is not in a unit, parameters and persistent buffers, each once.
+        source_dir: where tokenizer, templates and generation settings are copied from. config: the model's config.json.
+        info: JSON-ready facts stored under "info" in levels.json.
+        """
+        units = [read_unit_file(self._unit_path(unit)) for unit in sorted(self.finished())]
+        result = self.work / "result"
+        with disk_errors(self.output, _RESUME):
+            shutil.rmtree(result, ignore_errors=True)
+            result.mkdir()
+            assemble(result, units, base, Path(source_dir), config, recipe, info, self.fingerprint)
+            self._publish(result)
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock back; what is durable stays."""
+        self._file.close()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        file = try_lock(self.work / "lock")
+        if file is None:
+            raise ElastiqError(f"{self.output}: another process is writing it; wait for it, or choose another output")
+        self._file = file
+
+    def _open(self, restart: bool) -> None:
+        self._units = self.work / "units"
+        path = self.work / FINGERPRINT
+        if path.exists() and not restart:
+            changed = differences(read_json(path), self.fingerprint)
+            if changed:
+                raise ElastiqError(
+                    f"{self.output}: an unfinished run was made from something else: {'; '.join(changed)}; "
+                    "start over with --restart, or choose another output"
+                )
+        else:
+            path.unlink(missing_ok=True)
+            shutil.rmtree(self._units, ignore_errors=True)
+            content = json_bytes(self.fingerprint, FINGERPRINT)
+            replace_durably(path, lambda temporary: write_durably(temporary, [content]))
+        self._units.mkdir(exist_ok=True)
+        keep = {self.work / "lock", path, self._units, *self._units.glob("*.safetensors")}
+        for leftover in {*self.work.iterdir(), *self._units.iterdir()} - keep:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def _unit_path(self, unit: str) -> Path:
+        if not _UNIT.fullmatch(unit):
+            raise ElastiqError(f"unit {unit!r}: use letters, digits, - and _ only")
+        return self._units / f"{unit}.safetensors"
+
+    def _publish(self, result: Path) -> None:
+        if not _is_vacant(self.output):  # only a checkpoint that --restart may replace gets here
+            os.rename(self.output, self.work / "replaced")
+        os.rename(result, self.output)
+        sync_directory(self.output.parent)
+        shutil.rmtree(self.work)
+
+
+def _plain(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json_bytes(fingerprint, "fingerprint"))
+    return plain
+
+
+def _is_vacant(output: Path) -> bool:
+    return not output.exists() or (output.is_dir() and not any(output.iterdir()))
+
+
+def _check_output(output: Path, fingerprint: dict[str, Any], restart: bool) -> None:
+    if _is_vacant(output):
+        return
+    if not restart:
+        _refuse_other(output, fingerprint)
+        raise ElastiqError(f"{output}: already finished; choose another output, or start over with --restart")
+    _refuse_foreign(output)
+    strange = sorted({path.name for path in output.iterdir()} - {*_recorded(output), CHECKSUMS, *MADE_LATER})
+    if strange:
+        raise ElastiqError(f"{output}: holds {', '.join(strange)} besides the checkpoint; move that away first")
+
+
+def _refuse_other(output: Path, fingerprint: dict[str, Any]) -> Manifest:
+    manifest = _refuse_foreign(output)
+    changed = differences(read_json(output / FINGERPRINT), fingerprint)
+    if changed:
+        raise ElastiqError(
+            f"{output}: a checkpoint made from something else is there: {'; '.join(changed)}; "
+            "start over with --restart, or choose another output"
+        )
+    return manifest
+
+
+def _refuse_foreign(output: Path) -> Manifest:
+    try:
+        return Manifest.from_config(read_json(output / CONFIG), str(output))
+    except ElastiqError:
+        raise ElastiqError(
+            f"{output}: holds something that is not an elastiq checkpoint; choose another output"
+        ) from None
+
+
+def _recorded(output: Path) -> dict[str, dict[str, Any]]:
+    files: dict[str, dict[str, Any]] = read_json(output / CHECKSUMS)["files"]
+    return files

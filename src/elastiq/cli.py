@@ -1,0 +1,436 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import logging
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers.utils import logging as transformers_logging
+from typer.core import TyperGroup
+
+from . import __version__, recipes
+from .checkpoint import CheckpointReader, slice_checkpoint
+from .core import MAX_BITS, ElastiqError
+from .evaluate import (
+    evaluate,
+    inspect_checkpoint,
+    inspect_model,
+    load_tokenizer,
+    megabytes,
+    write_json,
+)
+from .load import load
+from .quantize import plan, quantize
+from .report import write_report
+from .report.terminal import (
+    comma,
+    out,
+    printable,
+    show_checkpoint,
+    show_estimate,
+    show_evaluation,
+    show_inspection,
+    show_plan,
+    show_summary,
+)
+
+log = logging.getLogger("elastiq")
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_INTERRUPTED = 130
+
+
+class Commands(TyperGroup):
+    """Turns the errors a user can mend into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            kept = (
+                "; finished blocks are kept, the same command resumes" if ctx.invoked_subcommand == "quantize" else ""
+            )
+            _fail(f"interrupted{kept}")
+            raise typer.Exit(_INTERRUPTED) from None
+        except (ElastiqError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            _fail(str(error))
+            raise typer.Exit(1) from None
+        except torch.OutOfMemoryError:
+            _fail("the device has not enough memory; use --device cpu, fewer samples or a smaller window")
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Quantize a language model once into one nested checkpoint, run it at any precision from 1 to 8 bits.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+class Method(StrEnum):
+    nested = "nested"
+    gptq = "gptq"
+    rtn = "rtn"
+
+
+class Inputs(StrEnum):
+    full = "full"
+    quantized = "quantized"
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Checkpoint = Annotated[Path, typer.Argument(help="Directory that `elastiq quantize` made.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="Model directory, or a hub name.", show_default=False)]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.", show_default=False)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)]
+Device = Annotated[str, typer.Option(help="Any device torch has: cpu, cuda, mps, ...")]
+Text_ = Annotated[Path, typer.Option("--text", help="Text file to measure on.", show_default=False)]
+
+
+def main() -> None:
+    """Entry point of the `elastiq` command."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"elastiq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    log.handlers = [RichHandler(console=err, show_time=False, show_path=False, markup=False)]
+    log.propagate = False
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+@app.command("quantize")
+def quantize_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the checkpoint.", show_default=False)],
+    recipe: Annotated[
+        Method, typer.Option(help="nested: one code serves every level; gptq, rtn: truncated codes.")
+    ] = Method.nested,
+    levels: Annotated[str, typer.Option(help="Widths that get scales of their own.")] = "2,3,4,6,8",
+    group_size: Annotated[int, typer.Option(help="Input channels per scale; -1 is the whole row.")] = 64,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Range is +-max; no zero points.")] = False,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Quantize embeddings and output head too.")] = False,
+    inputs: Annotated[
+        Inputs, typer.Option(help="Calibrate each block on the full or the quantized model's activations.")
+    ] = Inputs.full,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text or JSONL file; may be repeated. (default: a text in the package)", show_default=False),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens per calibration window.", min=2)] = 512,
+    device: Device = "cpu",
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Arithmetic of the forward passes.", show_default=False)
+    ] = None,
+    revision: Revision = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop an unfinished run and start over.")] = False,
+    json: Json = None,
+) -> None:
+    """Quantize MODEL once into the nested checkpoint OUTPUT. Interrupted, the same command resumes."""
+    chosen = recipes.get(
+        recipe.value,
+        levels=_widths("--levels", levels),
+        group_size=group_size,
+        symmetric=symmetric,
+        embeddings=embeddings,
+        inputs=inputs.value,
+    )
+    if dry_run:
+        planned = plan(model, chosen, num_samples=num_samples, seq_len=seq_len, revision=revision)
+        _write(json, planned.to_dict())
+        show_plan(planned)
+        return
+    with Bars() as progress:
+        summary = quantize(
+            model,
+            output,
+            chosen,
+            calibration or None,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            revision=revision,
+            device=_device(device),
+            dtype=None if dtype is None else _DTYPES[dtype.value],
+            restart=restart,
+            progress=progress,
+        )
+    _write(json, summary.to_dict())
+    show_summary(summary, model)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    checkpoint: Checkpoint,
+    text: Text_,
+    bits: Annotated[
+        str | None, typer.Option(help="Widths, such as 2,3,4. (default: every level)", show_default=False)
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The 16-bit model, for KL divergence and agreement.", show_default=False)
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 512,
+    num_windows: Annotated[
+        int | None, typer.Option(help="At most so many windows. (default: all)", min=1, show_default=False)
+    ] = None,
+    device: Device = "cpu",
+    dtype: Annotated[Precision, typer.Option(help="Arithmetic of both models.")] = Precision.float32,
+    revision: Revision = None,
+    json: Json = None,
+) -> None:
+    """Perplexity, KL divergence and top-1 agreement of CHECKPOINT at every width."""
+    widths = None if bits is None else _widths("--bits", bits)
+    with Bars() as progress:
+        result = evaluate(
+            checkpoint,
+            widths,
+            text,
+            against=against,
+            revision=revision,
+            window=window,
+            num_windows=num_windows,
+            device=_device(device),
+            dtype=_DTYPES[dtype.value],
+            progress=progress,
+        )
+    _write(json, result)
+    show_evaluation(result)
+    if out.is_terminal:
+        out.print(f"\nnext: elastiq report {checkpoint}", style="dim")
+
+
+@app.command("generate")
+def generate_command(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Argument(help="What to answer or to continue.", show_default=False)],
+    bits: Annotated[
+        int | None, typer.Option(help="Width. (default: the largest)", min=1, max=MAX_BITS, show_default=False)
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling, with a temperature.")] = 0,
+    device: Device = "cpu",
+    dtype: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.float32,
+) -> None:
+    """Answer PROMPT at one width, printing as the tokens come."""
+    tokenizer = load_tokenizer(checkpoint)
+    tokens = _prompt_tokens(tokenizer, prompt, raw)
+    model: Any = load(checkpoint, bits, device=_device(device), dtype=_DTYPES[dtype.value])
+    context = getattr(model.config, "max_position_embeddings", None) or tokens.shape[1] + max_new_tokens
+    if tokens.shape[1] >= context:
+        raise ElastiqError(
+            f"the prompt has {tokens.shape[1]} tokens, the model's context {context}; shorten the prompt"
+        )
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False, "temperature": None}
+    )
+    torch.manual_seed(seed)
+    begin = time.perf_counter()
+    answer = model.generate(
+        tokens.to(model.device),
+        attention_mask=torch.ones_like(tokens).to(model.device),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        max_new_tokens=min(max_new_tokens, context - tokens.shape[1]),
+        use_cache=True,
+        top_k=None,
+        top_p=None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **sampling,
+    )
+    if out.is_terminal:
+        count = answer.shape[1] - tokens.shape[1]
+        out.print(f"{count} tokens, {count / (time.perf_counter() - begin):.1f} per second", style="dim")
+
+
+@app.command("report")
+def report_command(
+    checkpoint: Checkpoint,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="(default: CHECKPOINT/report.html)", show_default=False)
+    ] = None,
+) -> None:
+    """Write one HTML page with pictures about CHECKPOINT."""
+    out.print(str(write_report(checkpoint, output)))
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[
+        str, typer.Argument(help="Model directory, hub name, or a finished checkpoint.", show_default=False)
+    ],
+    activations: Annotated[bool, typer.Option(help="Run a few windows of text to find activation maxima.")] = True,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text for the activations. (default: a text in the package)", show_default=False),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Windows of text.", min=1)] = 4,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 128,
+    device: Device = "cpu",
+    revision: Revision = None,
+    json: Json = None,
+) -> None:
+    """Shapes, sizes, outliers, what will be quantized and what that takes."""
+    if (Path(model) / "levels.json").is_file():
+        result = inspect_checkpoint(model)
+        _write(json, result)
+        show_checkpoint(result)
+        return
+    with Bars() as progress:
+        result = inspect_model(
+            model,
+            activations=activations,
+            calibration=calibration or None,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            device=_device(device),
+            revision=revision,
+            progress=progress,
+        )
+    planned = plan(model, revision=revision)
+    _write(json, {**result, "plan": planned.to_dict()})
+    show_inspection(result)
+    show_estimate(planned)
+
+
+@app.command("slice")
+def slice_command(
+    checkpoint: Checkpoint,
+    bits: Annotated[
+        int, typer.Option(help="Widest width the smaller directory can give.", min=1, max=MAX_BITS, show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New directory.", show_default=False)],
+) -> None:
+    """Write a smaller directory that holds the first BITS planes of CHECKPOINT."""
+    slice_checkpoint(checkpoint, bits, output)
+    reader = CheckpointReader(output)
+    size = megabytes(sum(file.stat().st_size for file in output.iterdir()))
+    out.print(f"{output}: {comma(reader.available)} bits, {size}")
+
+
+class Bars:
+    """progress(what, done, total) as bars with time left on a terminal; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=out,
+            transient=True,
+            disable=not out.is_terminal,
+            speed_estimate_period=3600,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            for task in self._progress.tasks:
+                self._progress.update(task.id, visible=not task.finished)
+            self._tasks[what] = self._progress.add_task(what, total=total)
+        self._progress.update(self._tasks[what], completed=done, total=total)
+
+
+def _fail(message: str) -> None:
+    err.print(Text(f"elastiq: error: {' '.join(printable(message).split())}", style="red"))
+
+
+def _widths(option: str, text: str) -> tuple[int, ...]:
+    """`2,3,4` as ascending numbers."""
+    try:
+        widths = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers such as 2,3,4", param_hint=option) from None
+    if widths[0] < 1 or widths[-1] > MAX_BITS:
+        wrong = next(w for w in widths if not 1 <= w <= MAX_BITS)
+        raise typer.BadParameter(f"{wrong} is not a width from 1 to {MAX_BITS}", param_hint=option)
+    return tuple(widths)
+
+
+def _device(name: str) -> str:
+    """The device if torch can use it here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), "unknown to torch")
+        raise ElastiqError(f"device {name!r} cannot be used ({reason}); use --device cpu") from None
+    return name
+
+
+def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> torch.Tensor:
+    """[1, tokens] of the prompt, in the model's chat template where it has one."""
+    if raw or not tokenizer.chat_template:
+        ids: Any = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            rendered: Any = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # templates are programs of their own and raise what they like
+            raise ElastiqError(f"the model's chat template cannot render the prompt ({error}); use --raw") from None
+        ids = rendered["input_ids"]
+    if not ids.shape[-1]:
+        raise ElastiqError("the prompt is empty; give some text")
+    return ids.long()
+
+
+def _write(file: Path | None, data: Any) -> None:
+    if file is not None:
+        write_json(file, data)
+
+
+if __name__ == "__main__":
+    main()

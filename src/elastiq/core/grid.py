@@ -1,0 +1,80 @@
+"""The numbers that codes stand for, at every level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .error import ElastiqError
+
+MIN_SCALE = 2.0**-24
+"""Smallest positive half-precision number: no stored scale is zero."""
+MAX_BITS = 8
+
+
+def to_half(x: Tensor) -> Tensor:
+    """float32 values as half precision stores them (saturating, never infinite)."""
+    return x.clamp(-65504.0, 65504.0).half().float()
+
+
+def derive(scale: Tensor, zero_point: Tensor, from_level: int, to_level: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of `to_level` bits that keep every cell of `from_level` centred.
+
+    A wider level divides each cell evenly, a narrower one takes the middle of the cells it joins.
+    """
+    factor = 2.0 ** (from_level - to_level)
+    return scale * factor, (zero_point + 0.5) / factor - 0.5
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Affine levels: value = scale[level] * (code[level] - zero_point[level]), code[level] = the top `level` bits.
+
+    levels: widths with a scale of their own, ascending; the last is the width of the stored codes.
+    group_size: input channels per scale; the last group of a row may be shorter.
+    scale, zero_point: [levels, out, groups] float32 holding half-precision values.
+    symmetric: the zero point is the middle of the range, (2^level - 1) / 2, and is not stored.
+    """
+
+    levels: tuple[int, ...]
+    group_size: int
+    scale: Tensor
+    zero_point: Tensor
+    symmetric: bool = False
+
+    @property
+    def bits(self) -> int:
+        return self.levels[-1]
+
+    def parameters(self, level: int) -> tuple[Tensor, Tensor]:
+        """(scale, zero_point), each [out, groups], of any level from 1 to `bits`; derived from the nearest lower
+        level that has its own (from the lowest, below it)."""
+        if not 1 <= level <= self.bits:
+            raise ElastiqError(f"level {level} is not between 1 and {self.bits}")
+        own = max((r for r in self.levels if r <= level), default=self.levels[0])
+        index = self.levels.index(own)
+        if own == level:
+            return self.scale[index], self.zero_point[index]
+        return derive(self.scale[index], self.zero_point[index], own, level)
+
+    def quantize(self, weight: Tensor, first: int = 0) -> Tensor:
+        """Codes uint8 nearest to `weight` [out, columns] at the top level; its columns begin at channel `first`."""
+        scale, zero = self._columns(self.bits, first, weight.shape[1])
+        return (weight / scale + zero).round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
+
+    def dequantize(self, codes: Tensor, level: int, first: int = 0) -> Tensor:
+        """Values float32 of top-level `codes` [out, columns] read at `level` bits."""
+        scale, zero = self._columns(level, first, codes.shape[1])
+        return scale * ((codes >> (self.bits - level)).float() - zero)
+
+    def num_bits(self, level: int) -> int:
+        """Stored bits of the scales and zero points that a reader of `level` needs."""
+        per_group = 16 if self.symmetric else 32
+        return per_group * self.scale[0].numel()
+
+    def _columns(self, level: int, first: int, width: int) -> tuple[Tensor, Tensor]:
+        scale, zero = self.parameters(level)
+        group = torch.arange(first, first + width, device=scale.device) // self.group_size
+        return scale[:, group], zero[:, group]

@@ -1,0 +1,64 @@
+"""What is done to a model, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from .error import ElastiqError
+from .step import Format, Solver, step_from_dict
+
+_CHOICES = {"inputs": ("full", "quantized"), "token_weights": ("output", "uniform")}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The filled slots.
+
+    embeddings: quantize the embedding table and the output head too (they stay in 16 bits otherwise).
+    inputs: what a block is calibrated on, `full` (the 16-bit model's activations) or `quantized` (those that the
+        already quantized blocks before it produce, at the top level).
+    token_weights: how much each calibration token counts for a matrix, `output` (by how far its block's output moves
+        when the matrix's output does at that token) or `uniform`.
+    """
+
+    format: Format
+    solver: Solver
+    embeddings: bool = False
+    inputs: str = "full"
+    token_weights: str = "output"
+
+    def __post_init__(self) -> None:
+        for field, known in _CHOICES.items():
+            if getattr(self, field) not in known:
+                raise ElastiqError(f"recipe: {field}={getattr(self, field)!r} is not one of {', '.join(known)}")
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        return self.format.levels
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.format.needs | self.solver.needs
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": self.format.to_dict(),
+            "solver": self.solver.to_dict(),
+            "embeddings": self.embeddings,
+            "inputs": self.inputs,
+            "token_weights": self.token_weights,
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Recipe:
+        """Raises ElastiqError for an unknown slot, step or parameter."""
+        data = dict(data)
+        steps = {
+            "format": cast(Format, step_from_dict("format", data.pop("format", {}))),
+            "solver": cast(Solver, step_from_dict("solver", data.pop("solver", {}))),
+        }
+        unknown = sorted(set(data) - {"embeddings", *_CHOICES})
+        if unknown:
+            raise ElastiqError(f"recipe: unknown slot {', '.join(unknown)}")
+        return Recipe(**steps, **data)  # type: ignore[arg-type]

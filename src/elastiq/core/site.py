@@ -1,0 +1,35 @@
+"""A matrix of a model: where it is and what feeds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantizable matrix.
+
+    name: of the module that owns the weight (`model.layers.0.mlp.up_proj`); of a matrix inside a fused expert tensor,
+        the parameter's name and the expert (`model.layers.0.mlp.experts.gate_up_proj.3`).
+    role: `linear`, `conv1d` (stored transposed by its module), `expert`, `embedding` or `head`.
+    shape: (out_features, in_features), always in this order.
+    block: index of the decoder block; -1 outside the blocks.
+    input_id: sites with one input_id read the same activations and share statistics.
+    expert: index along the first axis of the fused tensor, None otherwise.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, int]
+    block: int
+    input_id: str
+    expert: int | None = None
+
+    @property
+    def tensor(self) -> str:
+        """Name of the array in a checkpoint: all experts of one fused tensor share it."""
+        return self.name.rsplit(".", 1)[0] if self.expert is not None else self.name
+
+    @property
+    def num_weights(self) -> int:
+        return self.shape[0] * self.shape[1]

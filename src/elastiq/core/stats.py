@@ -1,0 +1,93 @@
+"""What calibration learns about the input of a matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .error import ElastiqError
+
+FIELDS = frozenset({"hessian", "diagonal", "abs_max"})
+
+
+@dataclass
+class Stats:
+    """Sums over the rows x [in] that reached a matrix; only the fields a recipe asks for are kept.
+
+    count: rows seen; dropped: rows left out because they held NaN or infinity. total: sum of the rows' weights.
+    hessian [in, in]: weighted sum of x xᵀ, float32, no factor 2. diagonal [in]: weighted sum of x². abs_max [in]:
+    largest |x|.
+    """
+
+    count: int = 0
+    total: float = 0.0
+    dropped: int = 0
+    hessian: Tensor | None = None
+    diagonal: Tensor | None = None
+    abs_max: Tensor | None = None
+
+    @staticmethod
+    def empty(in_features: int, needs: frozenset[str] = FIELDS, device: torch.device | str = "cpu") -> Stats:
+        """Zero sums for the fields in `needs`. Raises ElastiqError for a field that does not exist."""
+        if needs - FIELDS:
+            raise ElastiqError(f"statistics: unknown {sorted(needs - FIELDS)}; known: {', '.join(sorted(FIELDS))}")
+        zeros = torch.zeros(in_features, device=device)
+        return Stats(
+            hessian=torch.zeros(in_features, in_features, device=device) if "hessian" in needs else None,
+            diagonal=zeros.clone() if "diagonal" in needs else None,
+            abs_max=zeros.clone() if "abs_max" in needs else None,
+        )
+
+    def update(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add the rows of `x` [..., in], each weighing 1 or as `weights` [...] says (not negative).
+
+        Rows that are not finite, or whose weight is not, are dropped and counted.
+        """
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        weights = torch.ones(len(x), device=x.device) if weights is None else weights.detach().reshape(-1).float()
+        finite = torch.isfinite(x).all(dim=1) & torch.isfinite(weights)
+        if not bool(finite.all()):
+            self.dropped += int((~finite).sum())
+            x, weights = x[finite], weights[finite]
+        if not len(x):
+            return
+        self.count += len(x)
+        self.total += float(weights.sum(dtype=torch.float64))
+        if self.hessian is not None:
+            scaled = x * weights.sqrt().unsqueeze(1)
+            self.hessian.addmm_(scaled.T, scaled)
+        if self.diagonal is not None:
+            self.diagonal += (x.square() * weights.unsqueeze(1)).sum(dim=0)
+        if self.abs_max is not None:
+            torch.maximum(self.abs_max, x.abs().amax(dim=0), out=self.abs_max)
+
+    def merge(self, other: Stats) -> Stats:
+        """Statistics of both: sums and counts add, the larger maximum is taken. New object."""
+        return Stats(
+            count=self.count + other.count,
+            total=self.total + other.total,
+            dropped=self.dropped + other.dropped,
+            hessian=_both(torch.add, self.hessian, other.hessian),
+            diagonal=_both(torch.add, self.diagonal, other.diagonal),
+            abs_max=_both(torch.maximum, self.abs_max, other.abs_max),
+        )
+
+    def mean_hessian(self) -> Tensor:
+        """[in, in] weighted mean of x xᵀ; raises ElastiqError if it was not collected or nothing was seen."""
+        if self.hessian is None or not self.total:
+            raise ElastiqError("statistics: no Hessian was collected; calibrate with at least one window of text")
+        return self.hessian / self.total
+
+    def mean_diagonal(self, in_features: int) -> Tensor:
+        """[in] weighted mean of x², all ones where nothing is known (a matrix that no token reached)."""
+        if self.total and self.diagonal is not None:
+            return self.diagonal / self.total
+        if self.total and self.hessian is not None:
+            return self.hessian.diagonal() / self.total
+        return torch.ones(in_features)
+
+
+def _both(join, a: Tensor | None, b: Tensor | None) -> Tensor | None:  # type: ignore[no-untyped-def]
+    return None if a is None or b is None else join(a, b)

@@ -1,0 +1,83 @@
+"""A step is one part of a recipe: parameters in the constructor, one verb from values to values."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .error import ElastiqError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .grid import Grid
+    from .stats import Stats
+    from .term import Term
+
+
+class Step(ABC):
+    """Base of every part. A frozen dataclass that names itself registers itself: `class GPTQ(Solver, name="gptq")`.
+
+    `needs` lists the statistics (fields of `Stats`) the step asks calibration for; nothing else is collected.
+    """
+
+    slot: ClassVar[str]
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    registry: ClassVar[dict[str, dict[str, type[Step]]]] = {}
+
+    def __init_subclass__(cls, *, slot: str | None = None, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if slot is not None:
+            cls.slot = slot
+            Step.registry[slot] = {}
+        if name is not None:
+            if name in Step.registry[cls.slot]:
+                taken = Step.registry[cls.slot][name].__name__
+                raise ElastiqError(f"{cls.slot}: the name {name!r} is taken by {taken}")
+            cls.name = name
+            Step.registry[cls.slot][name] = cls
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready parameters with the registered name first."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+
+
+def step_from_dict(slot: str, data: dict[str, Any]) -> Step:
+    """The step that `to_dict` described. Raises ElastiqError for an unknown name or parameter."""
+    data = dict(data)
+    name = data.pop("name", None)
+    known = Step.registry.get(slot, {})
+    if name not in known:
+        raise ElastiqError(f"{slot}: unknown name {name!r}; known: {', '.join(sorted(known))}")
+    cls = known[name]
+    parameters = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - parameters)
+    if unknown:
+        known_ones = ", ".join(sorted(parameters))
+        raise ElastiqError(f"{slot} {name}: unknown parameter {', '.join(unknown)}; known: {known_ones}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+
+class Format(Step, slot="format"):
+    """Which numbers a code may stand for."""
+
+    levels: tuple[int, ...]
+
+    @abstractmethod
+    def fit(self, weight: Tensor, stats: Stats) -> Grid:
+        """The grid for `weight` [out, in], or [levels, out, in] where every level has a weight of its own."""
+
+    @abstractmethod
+    def overhead(self, in_features: int) -> int:
+        """Stored bits per output row and level beside the codes: scales and zero points."""
+
+
+class Solver(Step, slot="solver"):
+    """Which code every weight gets."""
+
+    @abstractmethod
+    def solve(self, weight: Tensor, format: Format, stats: Stats) -> tuple[Term, ...]:
+        """The terms whose sum stands for `weight` [out, in]."""

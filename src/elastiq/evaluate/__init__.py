@@ -1,0 +1,26 @@
+"""What a checkpoint, or a model before it, is worth."""
+
+from ..checkpoint.sizes import checkpoint_files, full_bytes, level_sizes, megabytes
+from .evaluation import evaluate
+from .inspection import inspect_checkpoint, inspect_model
+from .kinds import kind, short_kinds
+from .record import read_evaluations, write_json
+from .table import level_error, mean_error
+from .text import load_tokenizer
+
+__all__ = [
+    "checkpoint_files",
+    "evaluate",
+    "full_bytes",
+    "inspect_checkpoint",
+    "inspect_model",
+    "kind",
+    "level_error",
+    "level_sizes",
+    "load_tokenizer",
+    "mean_error",
+    "megabytes",
+    "read_evaluations",
+    "short_kinds",
+    "write_json",
+]

@@ -1,0 +1,164 @@
+"""Measure one checkpoint at several widths."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..checkpoint import CheckpointReader
+from ..checkpoint.sizes import full_bytes, level_sizes
+from ..core import ElastiqError
+from ..load import load, set_bits
+from ..models import ModelSource
+from .record import keep
+from .scores import Scores
+from .text import load_tokenizer, read_text, windows
+
+log = logging.getLogger("elastiq")
+
+_LOGITS_BYTES = 2**29
+"""Logits of one batch in float32: about what the full model's answers may take while the widths are compared."""
+_MOST_WINDOWS = 8
+"""Windows in one batch, whatever the vocabulary: enough to decode each matrix rarely, few enough to see progress."""
+
+
+def evaluate(
+    path: str | Path,
+    bits: Sequence[int] | None,
+    text: str | Path,
+    *,
+    against: str | Path | None = None,
+    revision: str | None = None,
+    window: int = 512,
+    num_windows: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    save: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Perplexity, KL divergence to the model `against` and top-1 agreement of a checkpoint at each width in `bits`.
+
+    bits: widths, None for the levels that have scales of their own. text: path of a text file, read as one text without
+    special tokens and cut into windows that do not overlap, `window` - 1 predictions each. against: the 16-bit model
+    (directory, or hub name with `revision`); without it the KL fields are None. dtype: of the arithmetic, for both.
+    save: merge the result into `evaluation.json` beside the checkpoint. progress(what, done, total).
+
+    Returns {"full": {"perplexity"}, "levels": [{"bits", "bits_per_weight", "perplexity", "kl_mean", ...}], "protocol"}.
+    Raises ElastiqError for a width the checkpoint cannot give, a text shorter than a window, models that do not match.
+    """
+    reader = CheckpointReader(path)
+    widths = _widths(reader, bits)
+    content = read_text(text)
+    ids = windows(content, load_tokenizer(path), window, num_windows, Path(text).name)
+    model = load(path, max(widths), device=device, dtype=dtype)
+    _check_context(model, window)
+    full = None if against is None else load_full(against, revision, device, dtype)
+    scores, full_scores = _measure(model, full, widths, ids.to(device), progress)
+    sizes = level_sizes(reader, widths)
+    result = {
+        "checkpoint": Path(path).resolve().name,
+        "against": None if against is None else Path(against).name,
+        "protocol": _protocol(content, Path(text).name, ids, dtype),
+        "full": {
+            "perplexity": full_scores.perplexity if full is not None else None,
+            "bytes_in_memory": full_bytes(reader),
+        },
+        "levels": [{"bits": b, **sizes[b], **scores[b].to_dict()} for b in widths],
+    }
+    if save:
+        _keep(path, result)
+    return result
+
+
+def load_full(model: str | Path, revision: str | None, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The 16-bit model in evaluation mode; only safetensors are read and no code of a repository runs.
+
+    Raises ElastiqError if it is not a model transformers can load.
+    """
+    source = ModelSource(model, revision)
+    full: Any = AutoModelForCausalLM.from_pretrained(
+        source.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    )
+    return full.to(device).eval()
+
+
+@torch.inference_mode()
+def _measure(
+    model: PreTrainedModel,
+    full: PreTrainedModel | None,
+    widths: Sequence[int],
+    ids: Tensor,
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[dict[int, Scores], Scores]:
+    """Scores per width and of the full model, whose logits live for one batch: windows outside, widths inside."""
+    scores = {b: Scores(f"{b} bits") for b in widths}
+    full_scores = Scores("the full model")
+    batch = min(_MOST_WINDOWS, max(1, _LOGITS_BYTES // (4 * ids.shape[1] * model.config.vocab_size)))
+    for first in range(0, len(ids), batch):
+        part = ids[first : first + batch]
+        targets = part[:, 1:].flatten()
+        reference = None if full is None else _logits(full, part)
+        if reference is not None:
+            full_scores.add(reference, targets)
+        for index, b in enumerate(widths):
+            if progress:
+                progress("evaluating", first * len(widths) + index * len(part), len(ids) * len(widths))
+            set_bits(model, b)
+            logits = _logits(model, part)
+            if reference is not None and logits.shape != reference.shape:
+                raise ElastiqError(
+                    f"against: vocabularies differ ({reference.shape[-1]} and {logits.shape[-1]}); "
+                    "give the model the checkpoint was made from"
+                )
+            scores[b].add(logits, targets, reference)
+    if progress:
+        progress("evaluating", len(ids) * len(widths), len(ids) * len(widths))
+    return scores, full_scores
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """[windows * (window - 1), vocabulary]: what is predicted for every token but the first of each window."""
+    return model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+
+
+def _widths(reader: CheckpointReader, bits: Sequence[int] | None) -> list[int]:
+    widths = sorted(set(reader.levels if bits is None else bits))
+    for width in widths:
+        reader.require(width)
+    return widths
+
+
+def _check_context(model: PreTrainedModel, window: int) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and window > context:
+        raise ElastiqError(f"window={window} exceeds the model's context of {context}; use --window {context}")
+
+
+def _protocol(content: str, name: str, ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    count, window = ids.shape
+    precision = str(dtype).removeprefix("torch.")
+    return {
+        "words": f"{name} as one text, no special tokens, {count} non-overlapping windows of {window} tokens, "
+        f"{window - 1} predictions each; {precision} arithmetic",
+        "text": name,
+        "text_sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "window": window,
+        "num_windows": count,
+        "predicted_tokens": count * (window - 1),
+        "dtype": precision,
+    }
+
+
+def _keep(path: str | Path, result: dict[str, Any]) -> None:
+    """A checkpoint that cannot be written is no reason to lose the result."""
+    try:
+        keep(path, result)
+    except ElastiqError as error:
+        log.warning("%s; the report will not show this evaluation", error)

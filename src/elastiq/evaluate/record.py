@@ -1,0 +1,78 @@
+"""Results kept beside the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..core import ElastiqError
+
+FILE = "evaluation.json"
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write the whole file or nothing (a link or a pipe is written through). Raises ElastiqError if it cannot be."""
+    path = Path(path)
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.write_text(text, encoding="utf-8")
+            return
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+                temporary.chmod(0o644)
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise ElastiqError(f"{path} cannot be written ({error.strerror}); choose another file") from None
+
+
+def read_evaluations(checkpoint: str | Path) -> list[dict[str, Any]]:
+    """Every evaluation kept beside a checkpoint, oldest first; nothing where the file is absent or not ours."""
+    try:
+        kept = json.loads((Path(checkpoint) / FILE).read_text(encoding="utf-8"))["evaluations"]
+        return [e for e in kept if isinstance(e["levels"], list) and isinstance(e["protocol"], dict)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def keep(checkpoint: str | Path, result: dict[str, Any]) -> None:
+    """Merge `result` into the checkpoint's evaluation.json.
+
+    Evaluations with one protocol (text, windows, arithmetic) are one entry: new widths join it, a repeated width
+    replaces the old row, except that a run without the full model leaves what was measured against it.
+    """
+    kept = read_evaluations(checkpoint)
+    same = next((e for e in kept if e["protocol"] == result["protocol"]), None)
+    if same is not None and result["against"] in (None, same.get("against")):
+        kept[kept.index(same)] = _merge(same, result)
+    else:
+        kept = [e for e in kept if e is not same] + [result]
+    write_json(Path(checkpoint) / FILE, {"evaluations": kept})
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    rows = {row["bits"]: row for row in old["levels"]}
+    for row in new["levels"]:
+        rows[row["bits"]] = {**rows.get(row["bits"], {}), **{k: v for k, v in row.items() if v is not None}}
+    return {
+        **new,
+        "against": new["against"] or old.get("against"),
+        "full": new["full"] if new["against"] else old["full"],
+        "levels": [_complete(rows[bits]) for bits in sorted(rows)],
+    }
+
+
+def _complete(row: dict[str, Any]) -> dict[str, Any]:
+    return {**dict.fromkeys(("kl_mean", "kl_p99", "kl_max", "top1_agreement")), **row}

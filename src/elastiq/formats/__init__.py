@@ -1,0 +1,5 @@
+"""Which numbers codes may stand for."""
+
+from .integer import Integer
+
+__all__ = ["Integer"]

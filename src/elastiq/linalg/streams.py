@@ -1,0 +1,285 @@
+"""Codes that serve several levels at once: one error stream per level, then coordinate descent.
+
+With a single level this is GPTQ (Frantar et al. 2023, algorithm 1) followed by the same descent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..core import MIN_SCALE, Grid, derive, to_half
+from . import columns
+from .columns import LANES, Nest
+
+ROW_CHUNK = 1024
+"""Rows solved together: bounds the memory, changes no code."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How hard to look.
+
+    refits: rounds of scale refit per group in the greedy pass. passes: sweeps of descent after it.
+    block_size: columns per lazy update; changes no code.
+    """
+
+    refits: int
+    passes: int
+    block_size: int
+
+
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    upper: Tensor,
+    nest: Nest,
+    grid: Grid,
+    search: Search,
+    order: Tensor | None = None,
+) -> tuple[Tensor, Grid]:
+    """Codes uint8 [out, in] for `weight` [out, in], and the grid of the levels of `nest` that they are read on.
+
+    hessian [in, in] (damped); upper: Cholesky factor of its inverse; both already permuted by `order` [in] if given.
+    Without `order` the groups are visited one after the other and every level fits its scales on its own compensated
+    weights; with it the columns are visited in that order on the scales of `grid`.
+    """
+    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for first in range(0, len(weight), ROW_CHUNK):
+        rows = slice(first, first + ROW_CHUNK)
+        state = _State.of_rows(weight[rows], hessian, nest, search, grid, order)
+        if order is None:
+            state.greedy_by_group(upper)
+        else:
+            state.greedy_in_order(upper, grid, rows)
+        for _ in range(search.passes):
+            state.descend()
+        _collect(state, len(weight[rows]), order, *parts)
+    return torch.cat(parts[0]), _grid(nest.levels, grid, *parts[1:])
+
+
+def refit_lower_levels(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, levels: tuple[int, ...]) -> Grid:
+    """The grid of `levels` for finished top-level `codes` uint8 [out, in].
+
+    The top level (the only one `grid` needs to have) stays as it is; every lower one starts with its cells centred and
+    takes two sweeps of least squares steps on scale and zero point in the metric of `hessian` [in, in].
+    """
+    lower = tuple(level for level in levels if level < grid.bits)
+    if not lower:
+        return grid
+    nest = Nest(lower, (1.0,) * len(lower))
+    top_scale, top_zero = grid.parameters(grid.bits)
+    start = [derive(top_scale, top_zero, grid.bits, level) for level in lower]
+    scale, zero = (to_half(torch.stack(x)) for x in zip(*start, strict=True))
+    middle = torch.tensor([(2.0**level - 1) / 2 for level in lower], device=zero.device)
+    zero = middle[:, None, None].expand_as(zero) if grid.symmetric else zero
+    begin = Grid(lower, grid.group_size, scale.clamp_min(MIN_SCALE), zero, grid.symmetric)
+    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for first in range(0, len(weight), ROW_CHUNK):
+        rows = slice(first, first + ROW_CHUNK)
+        state = _State.of_rows(weight[rows], hessian, nest, Search(0, 0, 0), begin, None)
+        state.start_from(begin, rows, codes[rows] >> (grid.bits - lower[-1]))
+        for _ in range(2):
+            state.move_scales()
+        _collect(state, len(weight[rows]), None, *parts)
+    fitted = _grid(lower, grid, *parts[1:])
+    return Grid(
+        (*lower, grid.bits),
+        grid.group_size,
+        torch.cat([fitted.scale, top_scale[None]]),
+        torch.cat([fitted.zero_point, top_zero[None]]),
+        grid.symmetric,
+    )
+
+
+def _collect(
+    state: _State, rows: int, order: Tensor | None, codes: list[Tensor], scales: list[Tensor], zeros: list[Tensor]
+) -> None:
+    """Append a chunk's results with rows first: codes [rows, in], scale and zero [rows, levels, groups]."""
+    natural = state.codes if order is None else state.codes[order.argsort()]
+    codes.append(natural.T[:rows].contiguous())
+    scales.append(state.scale.permute(2, 1, 0)[:rows])
+    zeros.append(state.zero.permute(2, 1, 0)[:rows])
+
+
+def _grid(levels: tuple[int, ...], like: Grid, scales: list[Tensor], zeros: list[Tensor]) -> Grid:
+    scale, zero = (torch.cat(x).permute(1, 0, 2).contiguous() for x in (scales, zeros))
+    return Grid(levels, like.group_size, scale, zero, like.symmetric)
+
+
+class _State:
+    """Codes and grids of one chunk of rows while they are being improved; columns first, rows last."""
+
+    def __init__(
+        self, original: Tensor, hessian: Tensor, nest: Nest, search: Search, symmetric: bool, group_of: Tensor
+    ):
+        self.original, self.hessian = original, hessian
+        self.nest, self.search, self.symmetric, self.group_of = nest, search, symmetric, group_of
+        width, rows = original.shape
+        groups = int(group_of.max()) + 1
+        self.codes = torch.zeros(width, rows, dtype=torch.uint8, device=original.device)
+        self.scale = torch.ones(groups, len(nest.levels), rows, device=original.device)
+        self.zero = torch.zeros_like(self.scale)
+
+    @staticmethod
+    def of_rows(
+        weight: Tensor, hessian: Tensor, nest: Nest, search: Search, grid: Grid, order: Tensor | None
+    ) -> _State:
+        """For rows `weight` [rows, in], padded to whole vectors by repeating the first."""
+        width = weight.shape[1]
+        original = _pad_rows(weight).T.contiguous()
+        group_of = torch.arange(width, dtype=torch.int32, device=weight.device) // grid.group_size
+        if order is not None:
+            original, group_of = original[order], group_of[order]
+        return _State(original, hessian, nest, search, grid.symmetric, group_of)
+
+    def start_from(self, grid: Grid, rows: slice, codes: Tensor | None = None) -> None:
+        """Take the scales of `grid` at these rows, and `codes` [rows, in] where given."""
+        for k, level in enumerate(self.nest.levels):
+            scale, zero = grid.parameters(level)
+            self.scale[:, k], self.zero[:, k] = _pad_rows(scale[rows]).T, _pad_rows(zero[rows]).T
+        if codes is not None:
+            self.codes = _pad_rows(codes).T.contiguous()
+
+    def greedy_in_order(self, upper: Tensor, grid: Grid, rows: slice) -> None:
+        """One greedy pass over all columns on the scales of `grid`."""
+        self.start_from(grid, rows)
+        weight = self.original.unsqueeze(1).repeat(1, len(self.nest.levels), 1)
+        self.codes, _ = self._greedy(weight, upper, self.scale, self.zero, self.group_of)
+
+    def greedy_by_group(self, upper: Tensor) -> None:
+        """Group after group: fit scales, choose codes, refit the scales, choose again, hand the error on."""
+        rest = self.original.unsqueeze(1).repeat(1, len(self.nest.levels), 1)
+        diagonal = self.hessian.diagonal()
+        for g, at in enumerate(self._groups()):
+            weight, factor = rest[at], upper[at, at]
+            local = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+            scale, zero = columns.fit(weight, diagonal[at], self.nest.levels, self.symmetric)
+            codes, error = self._greedy(weight, factor, scale[None], zero[None], local)
+            metric = torch.cholesky_inverse(factor, upper=True)
+            for _ in range(self.search.refits):
+                residual = weight - columns.values(self.nest, codes, scale[None], zero[None], local)
+                trial = self._scale_step(codes, _apply(metric, residual), metric, scale, zero)
+                new_codes, new_error = self._greedy(weight, factor, trial[0][None], trial[1][None], local)
+                better = self._weighted(new_error) < self._weighted(error)
+                scale, zero = torch.where(better, trial[0], scale), torch.where(better, trial[1], zero)
+                error, codes = torch.where(better, new_error, error), torch.where(better, new_codes, codes)
+            self.codes[at], self.scale[g], self.zero[g] = codes, scale, zero
+            rest[at.stop :] -= _apply(upper[at, at.stop :].T, error)
+
+    def descend(self) -> None:
+        """One sweep: every group moves its scales, then its codes, against the gradient of the whole rows' error."""
+        gradient = self._gradient()
+        if self._scattered():
+            size = self.search.block_size
+            blocks = [slice(i, min(i + size, len(self.codes))) for i in range(0, len(self.codes), size)]
+        else:
+            blocks = self._groups()
+        for g, at in enumerate(blocks):
+            hessian, local, before = self.hessian[at, at], gradient[at], self._values(at)
+            if not self._scattered():
+                step = self._move_group(g, at, local)
+                local = local - _apply(hessian, step)
+            self.codes[at] = columns.descend(
+                self.nest, self.codes[at], local, hessian, self.scale, self.zero, self.group_of[at].contiguous()
+            )
+            gradient -= _apply(self.hessian[:, at], self._values(at) - before)
+
+    def move_scales(self) -> None:
+        """One sweep over the groups' scales with all codes fixed."""
+        gradient = self._gradient()
+        for g, at in enumerate(self._groups()):
+            gradient -= _apply(self.hessian[:, at], self._move_group(g, at, gradient[at]))
+
+    def _gradient(self) -> Tensor:
+        """(W - Q_r) H, [columns, levels, rows]."""
+        return _apply(self.hessian, self.original.unsqueeze(1) - self._values(slice(None)))
+
+    def _move_group(self, g: int, at: slice, gradient: Tensor) -> Tensor:
+        """Step group g's scales; returns the step of its values."""
+        self.scale[g], self.zero[g], step = self._scale_step(
+            self.codes[at], gradient, self.hessian[at, at], self.scale[g], self.zero[g]
+        )
+        return step
+
+    def _scattered(self) -> bool:
+        return bool((self.group_of.diff() < 0).any())
+
+    def _groups(self) -> list[slice]:
+        edges = [0, *(torch.nonzero(self.group_of.diff()).flatten() + 1).tolist(), len(self.codes)]
+        return [slice(a, b) for a, b in pairwise(edges)]
+
+    def _values(self, at: slice) -> Tensor:
+        return columns.values(self.nest, self.codes[at], self.scale, self.zero, self.group_of[at])
+
+    def _greedy(
+        self, weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`columns.greedy` with the columns beyond a block updated once per block."""
+        size = self.search.block_size
+        if len(weight) <= size:
+            return columns.greedy(self.nest, weight, upper, scale, zero, group_of)
+        weight, codes, errors = weight.clone(), [], []
+        for first in range(0, len(weight), size):
+            at = slice(first, first + size)
+            code, error = columns.greedy(self.nest, weight[at], upper[at, at], scale, zero, group_of[at].contiguous())
+            weight[first + size :] -= _apply(upper[at, first + size :].T, error)
+            codes.append(code)
+            errors.append(error)
+        return torch.cat(codes), torch.cat(errors)
+
+    def _scale_step(
+        self, codes: Tensor, gradient: Tensor, metric: Tensor, scale: Tensor, zero: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The least squares step of one group's scale and zero point [levels, rows] with its codes fixed.
+
+        Values are s c + b with b = -s z, so (ds, db) solves the 2x2 system with entries c M c, c M 1, 1 M 1 and right
+        side c G, 1 G. Returned with the step of the values [columns, levels, rows]; rows that the rounded step does
+        not improve stay as they are.
+        """
+        local = torch.zeros(len(codes), dtype=torch.int32, device=codes.device)
+        before = columns.values(self.nest, codes, scale[None], zero[None], local)
+        unit = before / scale if self.symmetric else before / scale + zero
+        moved = _apply(metric, unit)
+        cc, cg = (unit * moved).sum(0), (unit * gradient).sum(0)
+        if self.symmetric:
+            new_scale, new_zero = to_half(scale + cg / cc.clamp_min(1e-30)), zero
+            sane = new_scale >= MIN_SCALE
+        else:
+            ones = metric.sum(dim=0)
+            c1, g1, n1 = (unit * ones[:, None, None]).sum(0), gradient.sum(0), ones.sum()
+            determinant = cc * n1 - c1 * c1
+            safe = determinant.clamp_min(1e-30)
+            new_scale = to_half(scale + (n1 * cg - c1 * g1) / safe)
+            sane = (new_scale >= MIN_SCALE) & (determinant > 1e-6 * cc * n1)
+            new_scale = torch.where(sane, new_scale, scale)
+            # With the scale rounded, the best offset follows from the second equation alone.
+            offset = -scale * zero + (g1 - c1 * (new_scale - scale)) / n1
+            new_zero = to_half(-offset / new_scale)
+        new_scale = torch.where(sane, new_scale, scale)
+        step = columns.values(self.nest, codes, new_scale[None], new_zero[None], local) - before
+        gain = (step * (2 * gradient - _apply(metric, step))).sum(0)
+        better = sane & (gain > 0)
+        return (
+            torch.where(better, new_scale, scale),
+            torch.where(better, new_zero, zero),
+            torch.where(better, step, 0.0),
+        )
+
+    def _weighted(self, error: Tensor) -> Tensor:
+        """[rows] sum over columns and levels of lambda_r error²."""
+        weights = torch.tensor(self.nest.weights, device=error.device)
+        return torch.einsum("clr,l->r", error.square(), weights)
+
+
+def _apply(matrix: Tensor, x: Tensor) -> Tensor:
+    """matrix [m, n] times x [n, levels, rows] -> [m, levels, rows]."""
+    return (matrix @ x.flatten(1)).unflatten(1, x.shape[1:])
+
+
+def _pad_rows(x: Tensor) -> Tensor:
+    """[rows, n] with the first row repeated until `LANES` divides the number of rows."""
+    return torch.cat([x, x[:1].expand(-len(x) % LANES, -1)])

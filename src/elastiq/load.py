@@ -1,0 +1,204 @@
+"""A checkpoint as an ordinary transformers model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from .checkpoint import CheckpointReader
+from .core import ElastiqError
+from .runtime import NestedMatrix, bits_per_weight, bytes_in_memory, nested_matrices, swap
+
+__all__ = ["bits_per_weight", "bytes_in_memory", "load", "set_bits"]
+
+log = logging.getLogger("elastiq")
+
+Widths = int | Mapping[str, int]
+
+_READER = "elastiq"
+"""Attribute of a loaded model that holds its CheckpointReader."""
+
+
+def load(
+    path: str | Path,
+    bits: Widths | None = None,
+    max_bits: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+) -> PreTrainedModel:
+    """The model of the checkpoint `path`, read at `bits`; forward() and generate() work as ever.
+
+    bits: one width, or {matrix name: width} with the rest at the widest; None is the widest the directory gives.
+    max_bits: planes to hold, for `set_bits` without reading again; None holds what `bits` needs. dtype: of what is not
+    quantized and of the computation; None is the dtype of config.json. verify: compare every file that is read with
+    its checksum first.
+
+    Raises ElastiqError for a damaged or foreign directory and for a width it cannot give.
+    """
+    reader = CheckpointReader(path, verify=verify)
+    config = _config(reader)
+    model = _skeleton(reader, config, dtype or _dtype(config))
+    _untie_stored(model, reader)
+    for matrix in reader.manifest.matrices.values():
+        swap(model, matrix)
+    matrices = nested_matrices(model)
+    widths = _widths(reader, matrices, bits if bits is not None else reader.available[-1])
+    widths = dict.fromkeys(matrices, reader.available[-1]) | widths
+    if max_bits is not None:
+        reader.require(max_bits)
+    _hold(reader, matrices, {name: max(width, max_bits or 0) for name, width in widths.items()})
+    for name, matrix_module in matrices.items():
+        matrix_module.bits = widths[name]
+    _assign_base(model, reader)
+    if (reader.path / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(reader.path)
+    setattr(model, _READER, reader)
+    return cast(PreTrainedModel, nn.Module.to(model, torch.device(device)))
+
+
+def set_bits(model: PreTrainedModel, bits: Widths) -> None:
+    """Read a loaded model at other widths: one for all matrices, or {matrix name: width} for some.
+
+    At once within the planes held; missing planes are read from the checkpoint, which is logged. Nothing changes if
+    a name or a width is refused. Raises ElastiqError for these, and for a model that `load` did not make.
+    """
+    reader = getattr(model, _READER, None)
+    if not isinstance(reader, CheckpointReader):
+        raise ElastiqError("set_bits: this model has no nested planes; load it with elastiq.load")
+    matrices = nested_matrices(model)
+    widths = _widths(reader, matrices, bits)
+    missing = {name: width for name, width in widths.items() if width > matrices[name].max_bits}
+    if missing:
+        first = min(matrices[name].max_bits for name in missing) + 1
+        size = _hold(reader, matrices, missing)
+        log.warning(
+            "planes %d to %d of %d matrices read from %s (%.1f MB)",
+            first, max(missing.values()), len(missing), reader.path, size / 1e6,
+        )  # fmt: skip
+    for name, width in widths.items():
+        matrices[name].bits = width
+
+
+def _widths(reader: CheckpointReader, matrices: Mapping[str, NestedMatrix], bits: Widths) -> dict[str, int]:
+    widths = dict(bits) if isinstance(bits, Mapping) else dict.fromkeys(matrices, bits)
+    for name, width in widths.items():
+        if name not in matrices:
+            raise reader.unknown(name)
+        reader.require(width)
+    return widths
+
+
+def _hold(reader: CheckpointReader, matrices: Mapping[str, NestedMatrix], planes: Mapping[str, int]) -> int:
+    """Read planes until every matrix holds as many as asked for; bytes read."""
+    size = 0
+    for plane in range(1, max(planes.values()) + 1):
+        names = [name for name, most in planes.items() if matrices[name].max_bits < plane <= most]
+        for name, arrays in reader.plane(plane, names) if names else ():
+            matrices[name].hold(arrays)
+            size += sum(array.nbytes for array in arrays.values())
+    return size
+
+
+def _config(reader: CheckpointReader) -> PretrainedConfig:
+    data = {key: value for key, value in reader.config.items() if key != "quantization_config"}
+    model_type = data.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(model_type, **data)
+    except Exception as error:
+        raise ElastiqError(
+            f"{reader.path}: transformers {transformers.__version__} cannot read config.json of the architecture "
+            f"{model_type!r} ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
+        ) from error
+    config._name_or_path = str(reader.path)
+    return config
+
+
+def _dtype(config: PretrainedConfig) -> torch.dtype:
+    dtype = config.dtype
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
+
+
+def _skeleton(reader: CheckpointReader, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    config._experts_implementation = "eager"
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:
+        raise ElastiqError(
+            f"{reader.path}: transformers {transformers.__version__} makes no causal language model of its config.json"
+        ) from error
+    model.eval().requires_grad_(False)
+    model.tie_weights()
+    return model
+
+
+def _untie_stored(model: PreTrainedModel, reader: CheckpointReader) -> None:
+    """Parameters that config.json ties but the checkpoint stores apart become parameters of their own."""
+    stored = reader.base_specs.keys() | {f"{name}.weight" for name in reader.manifest.matrices}
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    for aliases in names.values():
+        for name in [alias for alias in aliases if alias in stored][1:]:
+            parent, _, key = name.rpartition(".")
+            own = torch.empty_like(model.get_parameter(name), device="meta")
+            model.get_submodule(parent)._parameters[key] = nn.Parameter(own, requires_grad=False)
+
+
+def _assign_base(model: PreTrainedModel, reader: CheckpointReader) -> None:
+    """Give every parameter and persistent buffer that is not nested its stored value, tied ones under all names."""
+    targets = _targets(model)
+    wanted = {name for aliases in targets.values() for name in aliases}
+    strange = sorted(reader.base_specs.keys() - wanted)
+    if strange:
+        raise ElastiqError(
+            f"{reader.path}: the model of config.json has no {strange[0]}; the files do not belong together"
+        )
+    aliases_of = {name: aliases for aliases in targets.values() for name in aliases}
+    for name, tensor in reader.base():
+        _assign(model, aliases_of[name], tensor, reader)
+        wanted -= set(aliases_of[name])
+    if wanted:
+        raise ElastiqError(
+            f"{reader.path}: base.safetensors lacks {sorted(wanted)[0]}; copy it from the original checkpoint"
+        )
+
+
+def _targets(model: PreTrainedModel) -> dict[int, list[str]]:
+    """Names of everything base.safetensors holds, one list per parameter or buffer."""
+    targets = defaultdict(list)
+    nested = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, NestedMatrix))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        inside_nested = name.startswith(nested) and not name.endswith(".bias")
+        if not inside_nested:
+            targets[id(tensor)].append(name)
+    return targets
+
+
+def _assign(model: PreTrainedModel, names: list[str], tensor: Tensor, reader: CheckpointReader) -> None:
+    """Put one stored tensor in the place of a parameter or buffer, the same object under all its names."""
+    owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    old = cast(Tensor, getattr(*owners[0]))
+    if old.shape != tensor.shape:
+        raise ElastiqError(
+            f"{reader.path}: {names[0]} is {list(tensor.shape)} in base.safetensors, config.json says "
+            f"{list(old.shape)}; the files do not belong together"
+        )
+    value = tensor.to(old.dtype)
+    if isinstance(old, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
+    for module, key in owners:
+        setattr(module, key, value)

@@ -1,0 +1,162 @@
+"""The module tree of a model without its weights, and weights for a part of it at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..core import ElastiqError
+from .source import ModelSource
+from .weight_map import WeightMap
+
+_MAPS: WeakKeyDictionary[PreTrainedModel, WeightMap] = WeakKeyDictionary()
+
+
+def build_skeleton(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in eval mode with every parameter on the meta device in `dtype`; buffers are real.
+
+    Tied parameters are one object, unless the checkpoint holds different weights for them. Experts of
+    mixture-of-experts models run one after another ("eager"), attention as the family's default. Raises ElastiqError
+    for what is not a causal language model that transformers itself implements.
+    """
+    config = copy.deepcopy(source.config)
+    _refuse(source)
+    config.use_cache = False
+    config._experts_implementation = "eager"
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, ImportError) as error:
+        raise ElastiqError(
+            f"{source.path}: transformers {transformers.__version__} has no causal language model for the "
+            f"architecture {config.model_type!r}"
+        ) from error
+    _check_class(source, model)
+    model.eval().requires_grad_(False)
+    model.tie_weights()
+    weights = WeightMap(model, source, dtype)
+    if _untie_different(model, weights):
+        weights = WeightMap(model, source, dtype)
+    _MAPS[model] = weights
+    return model
+
+
+def load_module(
+    model: PreTrainedModel,
+    name: str,
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    recurse: bool = True,
+) -> None:
+    """Give every parameter and buffer under the module `name` ("" is the whole model) its values.
+
+    Parameters that are already loaded are left alone; a tied parameter is loaded under all its names. Floating-point
+    parameters come in `dtype`. recurse=False: only what the module itself owns. Raises ElastiqError naming the tensor
+    that is missing, unreadable, misshapen or not finite.
+    """
+    weights = _map(model, source)
+    module = model.get_submodule(name)
+    prefix = f"{name}." if name else ""
+    pending = [
+        prefix + key
+        for key, parameter in module.named_parameters(recurse=recurse, remove_duplicate=False)
+        if parameter.is_meta
+    ]
+    stored = [prefix + key for key, _ in module.named_buffers(recurse=recurse) if prefix + key in weights]
+    for key, tensor in weights.read(_readable(pending, weights) + stored, dtype, model):
+        _put(model, weights.tied.get(key, (key,)), tensor.to(device), source)
+    for part in module.modules() if recurse else (module,):
+        for key, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[key] = buffer.to(device)
+
+
+def free_module(model: PreTrainedModel, name: str) -> None:
+    """Put every parameter under the module `name` back to the meta device; ties are kept."""
+    prefix = f"{name}." if name else ""
+    tied = _MAPS[model].tied if model in _MAPS else {}
+    names = [prefix + key for key, _ in model.get_submodule(name).named_parameters(remove_duplicate=False)]
+    for key in names:
+        parameter = model.get_parameter(key)
+        if not parameter.is_meta:
+            empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            for alias in tied.get(key, (key,)):
+                _set(model, alias, empty)
+
+
+def _map(model: PreTrainedModel, source: ModelSource) -> WeightMap:
+    if model not in _MAPS or _MAPS[model].source is not source:
+        raise ValueError("load_module takes the model and the source that build_skeleton was called with")
+    return _MAPS[model]
+
+
+def _readable(names: Iterable[str], weights: WeightMap) -> list[str]:
+    """For each parameter the one of its tied names that the checkpoint holds; each only once."""
+    found: list[str] = []
+    for name in names:
+        choice = next((alias for alias in weights.tied.get(name, ()) if alias in weights), name)
+        if choice not in found:
+            found.append(choice)
+    return found
+
+
+def _put(model: PreTrainedModel, names: Iterable[str], tensor: torch.Tensor, source: ModelSource) -> None:
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    for name in names:
+        parent, _, key = name.rpartition(".")
+        module = model.get_submodule(parent)
+        expected = getattr(module, key)
+        if expected.shape != tensor.shape:
+            raise ElastiqError(
+                f"{source.path}: {name} has the shape {list(tensor.shape)} in the checkpoint where config.json "
+                f"says {list(expected.shape)}"
+            )
+        if key in module._buffers:
+            module._buffers[key] = tensor
+        else:
+            module._parameters[key] = parameter
+
+
+def _set(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> None:
+    parent, _, key = name.rpartition(".")
+    model.get_submodule(parent)._parameters[key] = parameter
+
+
+def _untie_different(model: PreTrainedModel, weights: WeightMap) -> bool:
+    """Separate tied parameters for which the checkpoint holds several tensors with different values."""
+    changed = False
+    for first, *others in sorted(set(weights.tied.values())):
+        for other in others:
+            if first in weights and other in weights and not weights.same_values(first, other, model):
+                own = torch.empty_like(model.get_parameter(other), device="meta")
+                _set(model, other, nn.Parameter(own, requires_grad=False))
+                changed = True
+    return changed
+
+
+def _refuse(source: ModelSource) -> None:
+    config = source.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ElastiqError(
+            f"{source.path}: {config.model_type!r} is an encoder-decoder model; only causal language models are handled"
+        )
+
+
+def _check_class(source: ModelSource, model: PreTrainedModel) -> None:
+    """A configuration alone does not say that the checkpoint is a language model; its architectures entry does."""
+    names = source.config.architectures or []
+    known = [n for n in names if n == type(model).__name__ or "CausalLM" in n or "LMHead" in n]
+    if names and not known:
+        raise ElastiqError(
+            f"{source.path}: the architecture {names[0]} is not a causal language model (that would be "
+            f"{type(model).__name__})"
+        )

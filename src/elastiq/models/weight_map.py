@@ -1,0 +1,143 @@
+"""Which tensors of a checkpoint make which parameter.
+
+Checkpoints and module trees differ in names and in shape: renamed modules, a missing base-model prefix, one tensor per
+expert where the tree has one fused parameter. transformers describes these differences as data; here they are applied
+to a few parameters at a time, so that a block can be read without the rest of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from ..core import ElastiqError
+from .source import ModelSource, TensorReader
+
+
+@dataclass
+class _Group:
+    """Checkpoint tensors that are converted together, and the converter if more than the name differs."""
+
+    first: str
+    converter: WeightConverter | None
+    tensors: list[tuple[str, str]] = field(default_factory=list)
+    """(checkpoint name, the converter's pattern that it matched), in natural order."""
+
+    def targets(self) -> list[str]:
+        if self.converter is None:
+            return [self.first]
+        patterns = self.converter.target_patterns
+        return [self.first.replace(patterns[0], pattern) for pattern in patterns]
+
+
+class WeightMap:
+    """How the parameters and persistent buffers of `model` (as just built) are made from the tensors of `source`.
+
+    tied: parameter name -> all names of the same parameter (itself included); only where there are several.
+    """
+
+    def __init__(self, model: PreTrainedModel, source: ModelSource, dtype: torch.dtype) -> None:
+        state = model.state_dict()
+        self.source = source
+        self.tied = _tied(model)
+        self._groups = _group(model, source, state)
+        self._owner = {name: group for group in self._groups for name in group.targets() if name in state}
+        self._dtypes = _fixed_dtypes(model, state, dtype)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._owner
+
+    def read(self, names: Iterable[str], dtype: torch.dtype, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """(name, new tensor on the CPU) of `names` and of what is converted together with them.
+
+        Floating-point tensors come in `dtype`, save those that the model keeps in a precision of its own. Raises
+        ElastiqError for a tensor that is missing, unreadable or not finite.
+        """
+        groups = []
+        for name in names:
+            group = self._owner.get(name)
+            if group is None:
+                raise ElastiqError(f"{self.source.path}: the checkpoint has no tensor for the parameter {name}")
+            if group not in groups:
+                groups.append(group)
+        with self.source.open() as reader:
+            for group in groups:
+                yield from self._convert(group, reader, dtype, model)
+
+    def _convert(
+        self, group: _Group, reader: TensorReader, dtype: torch.dtype, model: PreTrainedModel
+    ) -> Iterator[tuple[str, Tensor]]:
+        dtype = self._dtypes.get(group.first, dtype)
+        if group.converter is None:
+            yield group.first, self._read(group.tensors[-1][0], reader, dtype)
+            return
+        converter: Any = copy.deepcopy(group.converter)
+        for name, pattern in group.tensors:
+            converter.add_tensor(group.first, name, pattern, self._read(name, reader, dtype))
+        result = converter.convert(group.first, model=model, config=model.config)
+        if isinstance(result, tuple):  # transformers 5.0 returns its error log too
+            result = result[0]
+        for name, tensor in result.items():
+            tensor = tensor[0] if isinstance(tensor, list) else tensor
+            yield name, tensor.contiguous()
+
+    def _read(self, name: str, reader: TensorReader, dtype: torch.dtype) -> Tensor:
+        stored = reader.read(name)
+        if not stored.is_floating_point():
+            return stored.clone()
+        if not bool(torch.isfinite(stored).all()):
+            raise ElastiqError(
+                f"{self.source.path}: the tensor {name} holds NaN or infinite weights; "
+                "a damaged model cannot be quantized, download it again"
+            )
+        return stored.to(dtype, copy=True)
+
+    def same_values(self, first: str, second: str, model: PreTrainedModel) -> bool:
+        """Whether two parameters have the same weights in the checkpoint."""
+        values = [next(t for n, t in self.read([name], torch.float32, model) if n == name) for name in (first, second)]
+        return torch.equal(*values)
+
+
+def _group(model: PreTrainedModel, source: ModelSource, state: dict[str, Tensor]) -> list[_Group]:
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = model.base_model_prefix
+    groups: dict[str, _Group] = {}
+    for name in sorted(source.tensor_files, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        converter = by_pattern[pattern] if pattern is not None else None
+        group = groups.setdefault(target, _Group(target, converter))
+        group.tensors.append((name, pattern or name))
+    return list(groups.values())
+
+
+def _tied(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return {name: tuple(same) for same in names.values() if len(same) > 1 for name in same}
+
+
+def _fixed_dtypes(model: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Tensors that keep their own precision: the model's list of float32 modules, and what it built otherwise."""
+    fixed = {name: t.dtype for name, t in state.items() if t.is_floating_point() and t.dtype != dtype}
+    keep = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
+    keep |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    for pattern in keep:
+        matches = re.compile(pattern.replace("*", ".*")).search
+        fixed.update({name: torch.float32 for name in state if matches(name)})
+    return fixed

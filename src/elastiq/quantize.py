@@ -1,0 +1,384 @@
+"""From a model directory to one nested checkpoint, block by block."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calibrate import BlockStream, calibration_ids
+from .checkpoint import CheckpointReader, CheckpointWriter, is_finished
+from .checkpoint.sizes import level_sizes
+from .core import Codes, ElastiqError, QuantizedWeight, Recipe, Site, Stats
+from .formats import Integer
+from .linalg import native
+from .models import Layout, ModelSource, build_skeleton, discover, free_module, load_module
+from .solvers import Nested, RoundToNearest
+
+log = logging.getLogger("elastiq")
+
+Progress = Callable[[str, int, int], None]
+
+STATES_IN_MEMORY = 2**30
+"""Bytes of hidden states beyond which they go to a file."""
+DEFAULT_RECIPE = Recipe(Integer(), Nested())
+TOKENS_PER_CHANNEL = 1 / 16
+"""A matrix that fewer tokens per input channel reached (an expert rarely chosen) is rounded to nearest."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did.
+
+    levels: level -> bits_per_weight (counted over the quantized matrices), bytes_in_memory (planes and scales of that
+    level, and everything in 16 bits), bytes_on_disk (the files a reader of that level needs), error (mean over the
+    matrices of the relative output error). already_finished: nothing was done, the checkpoint was there.
+    """
+
+    output: str
+    levels: dict[int, dict[str, float]]
+    matrices: int
+    windows: int
+    seconds: float
+    peak_memory: int
+    resumed_blocks: int = 0
+    fallbacks: tuple[str, ...] = ()
+    already_finished: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do; nothing is read but headers.
+
+    levels as in `Summary`, without the error. peak_memory and seconds are estimates, disk is what the run needs free
+    while it works (the checkpoint twice, for a moment).
+    """
+
+    model: str
+    matrices: list[dict[str, Any]]
+    skipped: dict[str, str]
+    levels: dict[int, dict[str, float]]
+    bytes_full: int
+    disk: int
+    peak_memory: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    recipe: Recipe | None = None,
+    calibration: str | Path | Sequence[Any] | Tensor | None = None,
+    *,
+    num_samples: int = 128,
+    seq_len: int = 512,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Quantize `model` (a directory or hub name) by `recipe` into the directory `output`.
+
+    calibration: text or JSONL file(s), strings, chat records, token ids, or None for the text in the package. dtype:
+    of the forward passes' arithmetic (float32 by default). progress(what, done, total) is called as the work goes on.
+    Finished blocks are durable: the same call after a crash resumes, and gives the same bytes. Raises ElastiqError,
+    with a sentence, for input that cannot be handled; nothing half-written is left at `output`.
+    """
+    begin = time.perf_counter()
+    recipe = recipe or DEFAULT_RECIPE
+    report = progress or (lambda what, done, total: None)
+    source = ModelSource(model, revision)
+    tokenizer = source.tokenizer()
+    ids = calibration_ids(calibration, tokenizer, num_samples, seq_len)
+    if len(ids) < num_samples and calibration is not None:
+        log.warning("the calibration text gives %d windows of %d tokens, not %d", len(ids), seq_len, num_samples)
+    report("reading the model", 0, 1)
+    fingerprint = _fingerprint(source, recipe, ids, dtype or torch.float32)
+    output = Path(output)
+    if not restart and is_finished(output, fingerprint):
+        return _summary(output, len(ids), begin, already_finished=True)
+    skeleton = build_skeleton(source, dtype or torch.float32)
+    layout = discover(skeleton)
+    _check_disk(output, _plan(source, skeleton, layout, recipe, num_samples, seq_len).disk)
+    with CheckpointWriter(output, fingerprint, restart) as writer:
+        done = writer.finished()
+        run = _Run(recipe, writer, BlockStream(
+            skeleton, source, layout, ids, recipe.needs | {"abs_max"}, dtype or torch.float32, device, writer.work,
+            STATES_IN_MEMORY, recipe.token_weights,
+        ), report)  # fmt: skip
+        for block in range(len(layout.blocks)):
+            report("quantizing blocks", block, len(layout.blocks))
+            run.block(block)
+        report("quantizing blocks", len(layout.blocks), len(layout.blocks))
+        if recipe.embeddings:
+            report("quantizing embeddings", 0, 1)
+            run.embeddings(skeleton, source)
+        report("writing the checkpoint", 0, 1)
+        info = {"windows": len(ids), "seq_len": seq_len, "skipped": layout.skipped}
+        writer.finish(_base(source, layout, recipe), source.path, _config(source), recipe, info)
+    report("writing the checkpoint", 1, 1)
+    return _summary(output, len(ids), begin, resumed_blocks=len(done))
+
+
+def plan(
+    model: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    num_samples: int = 128,
+    seq_len: int = 512,
+    revision: str | None = None,
+) -> Plan:
+    """What `quantize` would do with these arguments: matrices, sizes, memory, time. Reads no weight, writes nothing."""
+    source = ModelSource(model, revision)
+    skeleton = build_skeleton(source, torch.float32)
+    return _plan(source, skeleton, discover(skeleton), recipe or DEFAULT_RECIPE, num_samples, seq_len)
+
+
+class _Run:
+    """The loop's body: one block at a time, from statistics to durable codes."""
+
+    def __init__(self, recipe: Recipe, writer: CheckpointWriter, stream: BlockStream, report: Progress) -> None:
+        self.recipe, self.writer, self.stream, self.report = recipe, writer, stream, report
+
+    def block(self, block: int) -> None:
+        unit = f"block-{block:05d}"
+        if unit not in self.writer.finished():
+            weights = self.stream.weights(block)
+            statistics = self.stream.collect(block)
+            self._write(unit, self.stream.layout.at(block), weights, statistics)
+        replaced = None
+        if self.recipe.inputs == "quantized":
+            top = self.recipe.levels[-1]
+            replaced = {name: q.dequantize(top) for name, q in self.writer.read_unit(unit).items()}
+        self.stream.advance(block, replaced)
+
+    def embeddings(self, model: Any, source: ModelSource) -> None:
+        """The embedding table rounded to nearest; an output head of its own solved like any matrix."""
+        if "embeddings" in self.writer.finished():
+            return
+        sites = self.stream.layout.outer
+        statistics = {site.name: self.stream.final_stats() if site.role == "head" else Stats() for site in sites}
+        for site in sites:
+            load_module(model, site.name, source, torch.float32, "cpu")
+        self._write("embeddings", sites, self.stream.weights(-1), statistics)
+
+    def _write(
+        self, unit: str, sites: Sequence[Site], weights: Mapping[str, Tensor], statistics: Mapping[str, Stats]
+    ) -> None:
+        solved: dict[Site, QuantizedWeight] = {}
+        rows = []
+        for index, site in enumerate(sites):
+            self.report(f"solving {unit}", index, len(sites))
+            solved[site], row = quantize_matrix(site, weights[site.name], statistics[site.name], self.recipe)
+            rows.append(row)
+        self.report(f"solving {unit}", len(sites), len(sites))
+        self.writer.write_unit(unit, solved, rows)
+
+
+def quantize_matrix(site: Site, weight: Tensor, stats: Stats, recipe: Recipe) -> tuple[QuantizedWeight, dict[str, Any]]:
+    """The quantized `weight` [out, in] and its row of the level table.
+
+    A matrix that too few tokens reached is rounded to nearest, with a warning. Errors are tr((W - Q) H (W - Q)ᵀ) /
+    tr(W H Wᵀ) with the Hessian where it was collected, otherwise with its diagonal.
+    """
+    solver = recipe.solver
+    too_few = stats.count < TOKENS_PER_CHANNEL * site.shape[1] or not stats.total
+    fallback = None
+    if too_few and "hessian" in solver.needs:
+        solver = RoundToNearest()
+        if site.role != "embedding":
+            fallback = f"rounded to nearest: only {stats.count} calibration tokens reached it"
+            log.warning("%s: %s", site.name, fallback)
+    try:
+        quantized = QuantizedWeight(solver.solve(weight, recipe.format, stats))
+    except ElastiqError as error:
+        raise ElastiqError(f"{site.name}: {error}") from error
+    energy = _energy(weight, stats)
+    levels = {
+        str(level): {
+            "num_bits": quantized.num_bits(level),
+            "error": _energy(weight - quantized.dequantize(level), stats) / energy if energy else 0.0,
+        }
+        for level in recipe.levels
+    }
+    codes = quantized.terms[0]
+    assert isinstance(codes, Codes)
+    row = {
+        "name": site.name,
+        "tensor": site.tensor,
+        "role": site.role,
+        "block": site.block,
+        "shape": list(site.shape),
+        "group_size": codes.grid.group_size,
+        "tokens": stats.count,
+        "dropped": stats.dropped,
+        "abs_max": None if stats.abs_max is None or not stats.count else round(float(stats.abs_max.max()), 6),
+        "fallback": fallback,
+        "levels": levels,
+    }
+    return quantized, row
+
+
+def _energy(matrix: Tensor, stats: Stats) -> float:
+    """tr(M H Mᵀ) for M [out, in], or with the diagonal of H where that is all there is."""
+    if stats.hessian is not None and stats.total:
+        return float(((matrix @ stats.mean_hessian()) * matrix).sum(dtype=torch.float64))
+    return float((matrix.square() @ stats.mean_diagonal(matrix.shape[1])).sum(dtype=torch.float64))
+
+
+def _base(source: ModelSource, layout: Layout, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and persistent buffer that no unit holds, each once, in the precision the model is stored in."""
+    dtype = source.config.dtype if isinstance(source.config.dtype, torch.dtype) else torch.float32
+    model = build_skeleton(source, dtype)
+    quantized = {f"{site.name}.weight" if site.expert is None else site.tensor for site in layout.sites}
+    if recipe.embeddings:
+        quantized |= {f"{site.name}.weight" for site in layout.outer}
+    buffers = set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    wanted = [name for name, _ in model.named_parameters() if name not in quantized] + sorted(buffers)
+    for name in wanted:
+        module, _, key = name.rpartition(".")
+        load_module(model, module, source, dtype, "cpu", recurse=False)
+        yield name, getattr(model.get_submodule(module), key).detach()
+        free_module(model, module)
+
+
+def _config(source: ModelSource) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    config.pop("auto_map", None)
+    return config
+
+
+def _fingerprint(source: ModelSource, recipe: Recipe, ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything the bytes of the checkpoint depend on."""
+    return {
+        "model": source.fingerprint(),
+        "recipe": recipe.to_dict(),
+        "calibration": {
+            "text": sha256(ids.contiguous().numpy().tobytes()).hexdigest(),
+            "windows": len(ids),
+            "seq_len": ids.shape[1],
+        },
+        "arithmetic": {
+            "dtype": str(dtype).removeprefix("torch."),
+            "path": native.current(),
+            "torch": torch.__version__,
+            "elastiq": version("elastiq"),
+        },
+    }
+
+
+def _check_disk(output: Path, needed: int) -> None:
+    parent = next(path for path in output.absolute().parents if path.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ElastiqError(
+            f"{parent}: the run needs {needed / 1e9:.2f} GB of free disk and there are {free / 1e9:.2f}; "
+            "free some, or choose another output"
+        )
+
+
+def _summary(output: Path, windows: int, begin: float, **facts: Any) -> Summary:
+    reader = CheckpointReader(output, verify=False)
+    sizes = level_sizes(reader, reader.levels)
+    return Summary(
+        output=str(output),
+        levels={
+            level: {**sizes[level], "error": mean(float(row["levels"][str(level)]["error"]) for row in reader.table)}
+            for level in reader.levels
+        },
+        matrices=len(reader.table),
+        windows=windows,
+        seconds=time.perf_counter() - begin,
+        peak_memory=peak_memory(),
+        fallbacks=tuple(row["name"] for row in reader.table if row["fallback"]),
+        **facts,
+    )
+
+
+def _plan(source: ModelSource, skeleton: Any, layout: Layout, recipe: Recipe, num_samples: int, seq_len: int) -> Plan:
+    sites = layout.sites + (layout.outer if recipe.embeddings else ())
+    total = sum({id(p): p.numel() for p in skeleton.parameters()}.values())
+    base = 2 * (total - sum(site.num_weights for site in sites))
+    weights = sum(site.num_weights for site in sites)
+    planes = sum(site.shape[0] * -(-site.shape[1] // 8) for site in sites)
+    scales = sum(site.shape[0] * recipe.format.overhead(site.shape[1]) for site in sites) // 8
+    levels: dict[int, dict[str, float]] = {}
+    for index, level in enumerate(recipe.levels):
+        levels[level] = {
+            "bits_per_weight": 8 * (planes * level + scales) / weights,
+            "bytes_in_memory": base + planes * level + scales,
+            "bytes_on_disk": base + planes * level + scales * (index + 1),
+        }
+    states = 4 * num_samples * seq_len * skeleton.config.get_text_config().hidden_size
+    return Plan(
+        model=str(source.path),
+        matrices=[{"name": s.name, "role": s.role, "block": s.block, "shape": list(s.shape)} for s in sites],
+        skipped=layout.skipped,
+        levels=levels,
+        bytes_full=2 * total,
+        disk=2 * int(levels[recipe.levels[-1]]["bytes_on_disk"]) + 2 * max(0, states - STATES_IN_MEMORY // 2),
+        peak_memory=_memory_estimate(layout, recipe, states),
+        seconds=_flops(layout, sites, recipe, num_samples * seq_len) / _matmul_rate(),
+    )
+
+
+def _memory_estimate(layout: Layout, recipe: Recipe, states: int) -> int:
+    """Bytes: the process, its largest block with its Hessians, the hidden states and one matrix being solved."""
+    blocks = []
+    for block in range(len(layout.blocks)):
+        sites = layout.at(block)
+        inputs = {site.input_id: site.shape[1] for site in sites}
+        width, rows = max(s.shape[1] for s in sites), max(min(s.shape[0], 1024) for s in sites)
+        hessians = sum(4 * n * n for n in inputs.values()) + 32 * width * width if "hessian" in recipe.needs else 0
+        blocks.append(4 * sum(s.num_weights for s in sites) + hessians + 24 * width * rows * len(recipe.levels))
+    return 450_000_000 + max(blocks) + 2 * min(states, STATES_IN_MEMORY // 2)
+
+
+def _flops(layout: Layout, sites: Sequence[Site], recipe: Recipe, tokens: int) -> float:
+    """Multiplications and additions of the forward passes, the Hessians and the solver, roughly."""
+    passes = getattr(recipe.solver, "passes", 0) + 1
+    needs_hessian = "hessian" in recipe.needs
+    flops = 0.0
+    for site in sites:
+        flops += 2.0 * tokens * site.num_weights
+        if needs_hessian:
+            levels = len(recipe.levels) if recipe.solver.name == "nested" else 1
+            flops += site.num_weights * site.shape[1] * (4.0 * passes * levels + 2.0 * len(recipe.levels))
+    inputs = {site.input_id: site.shape[1] for site in layout.sites if site.expert is None}
+    return flops + (sum(2.0 * tokens * n * n + 4.0 * n**3 for n in inputs.values()) if needs_hessian else 0.0)
+
+
+def _matmul_rate() -> float:
+    """Useful operations per second of this machine: a matrix product measured now, and the share of it seen in runs."""
+    x = torch.ones(768, 768)
+    x @ x
+    begin = time.perf_counter()
+    for _ in range(8):
+        x @ x
+    return 0.4 * 8 * 2 * 768**3 / (time.perf_counter() - begin)
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

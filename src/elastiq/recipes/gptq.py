@@ -1,0 +1,26 @@
+"""Recipe `gptq`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core import Recipe
+from ..formats import Integer
+from ..solvers import GPTQ
+
+
+def gptq(
+    levels: tuple[int, ...] = (2, 3, 4, 6, 8),
+    group_size: int = 64,
+    *,
+    symmetric: bool = False,
+    embeddings: bool = False,
+    inputs: str = "full",
+    token_weights: str = "output",
+    **solver: Any,
+) -> Recipe:
+    """GPTQ at the top level; lower levels read its top bits on refitted scales.
+
+    solver: parameters of `GPTQ`. Everything else as in `Integer` and `Recipe`.
+    """
+    return Recipe(Integer(tuple(levels), group_size, symmetric), GPTQ(**solver), embeddings, inputs, token_weights)

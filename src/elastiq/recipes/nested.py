@@ -1,0 +1,26 @@
+"""Recipe `nested`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core import Recipe
+from ..formats import Integer
+from ..solvers import Nested
+
+
+def nested(
+    levels: tuple[int, ...] = (2, 3, 4, 6, 8),
+    group_size: int = 64,
+    *,
+    symmetric: bool = False,
+    embeddings: bool = False,
+    inputs: str = "full",
+    token_weights: str = "output",
+    **solver: Any,
+) -> Recipe:
+    """Our nested solver: one code per weight, chosen for every level together.
+
+    solver: parameters of `Nested`. Everything else as in `Integer` and `Recipe`.
+    """
+    return Recipe(Integer(tuple(levels), group_size, symmetric), Nested(**solver), embeddings, inputs, token_weights)

@@ -1,0 +1,28 @@
+"""Recipe `rtn`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core import Recipe
+from ..formats import Integer
+from ..solvers import RoundToNearest
+
+
+def rtn(
+    levels: tuple[int, ...] = (2, 3, 4, 6, 8),
+    group_size: int = 64,
+    *,
+    symmetric: bool = False,
+    embeddings: bool = False,
+    inputs: str = "full",
+    token_weights: str = "output",
+    **solver: Any,
+) -> Recipe:
+    """Rounding to nearest at the top level; lower levels read its top bits on refitted scales.
+
+    solver: parameters of `RoundToNearest`. Everything else as in `Integer` and `Recipe`.
+    """
+    return Recipe(
+        Integer(tuple(levels), group_size, symmetric), RoundToNearest(**solver), embeddings, inputs, token_weights
+    )

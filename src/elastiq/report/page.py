@@ -1,0 +1,319 @@
+"""The page about one checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import CheckpointReader
+from ..core import ElastiqError
+from ..evaluate import checkpoint_files, full_bytes, level_sizes, mean_error, megabytes, read_evaluations
+from .charts import line_chart, save_line_chart
+from .data import (
+    Line,
+    activation_lines,
+    experts,
+    gradient,
+    hardest,
+    heat_maps,
+    quality_lines,
+)
+
+FILE = "report.html"
+_BAR = 90
+_LOG_FROM = 3.0
+"""A ratio of largest to smallest perplexity from which a log axis shows more."""
+
+
+def write_report(path: str | Path, output: str | Path | None = None) -> Path:
+    """Write one self-contained HTML page about the checkpoint `path`, by default `report.html` inside it.
+
+    Its quality sections come from the evaluations kept beside the checkpoint; without any, the page says what to run.
+    Raises ElastiqError if the checkpoint is damaged, the file cannot be written or a package is missing.
+    """
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError:
+        raise ElastiqError("report: jinja2 is not installed; run pip install 'elastiq[report]'") from None
+
+    file = Path(output) if output is not None else Path(path) / FILE
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    view = _view(CheckpointReader(Path(path).resolve()))
+    view["quality"] = [(title, Markup(svg), caption) for title, svg, caption in view["quality"]]
+    view["activations"] = Markup(view["activations"]) if view["activations"] else None
+    page = environment.get_template("template.html.j2").render(view)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ElastiqError(f"report: {file} cannot be written ({error.strerror}); choose another file") from None
+    return file
+
+
+def write_picture(path: str | Path, file: str | Path) -> Path:
+    """Draw perplexity against counted bits per weight as a .png or .svg file.
+
+    Raises ElastiqError if nothing has been evaluated.
+    """
+    evaluations = read_evaluations(path)[-3:]
+    if not evaluations:
+        raise ElastiqError(f"report: {path} has not been evaluated; run elastiq evaluate first")
+    lines = quality_lines(evaluations, "perplexity")
+    save_line_chart(Path(file), lines, "bits per weight", "perplexity", _references(evaluations), _wants_log(lines))
+    return Path(file)
+
+
+def _view(reader: CheckpointReader) -> dict[str, Any]:
+    """Every value the template names."""
+    table, levels = reader.table, reader.levels
+    evaluations = read_evaluations(reader.path)[-4:]
+    evaluation = evaluations[-1] if evaluations else None
+    maps = heat_maps(table, levels)
+    blocks = sorted({row["block"] for row in table if row["block"] >= 0})
+    expert_rows = experts(table)
+    full = evaluation["full"]["perplexity"] if evaluation else None
+    return {
+        "name": reader.path.name,
+        "lead": _lead(reader),
+        "facts": _facts(reader),
+        "widths": _widths(reader, evaluation),
+        "evaluation": evaluation,
+        "has_kl": any(row["kl_mean"] is not None for row in evaluation["levels"]) if evaluation else False,
+        "full_perplexity": _perplexity(full) or None,
+        "full_memory": megabytes(full_bytes(reader)),
+        "best": _verdict(evaluation),
+        "others": [_other(e) for e in reversed(evaluations[:-1])],
+        "quality": _quality(evaluations),
+        "heat_maps": maps,
+        "gradient": gradient(),
+        "label_width": max((len(k) for m in maps for k in m.kinds), default=0) + 2,
+        "blocks": blocks,
+        "block_step": max(1, -(-len(blocks) // 10)),
+        "hardest": hardest(table, levels),
+        "activations": _activations(table),
+        "experts": expert_rows,
+        "most_tokens": max((e.tokens for _, each in expert_rows for e in each), default=0) or 1,
+        "fallbacks": sum(e.fallback for _, each in expert_rows for e in each),
+        "files": _files(reader),
+        "evaluate_command": f"elastiq evaluate {reader.path.name} --bits {_comma(levels)} "
+        "--text FILE.txt --against MODEL",
+        "use_shell": _use_shell(reader),
+        "use_python": _use_python(reader),
+        "reproduce": _reproduce(reader),
+        "version": version("elastiq"),
+    }
+
+
+def _lead(reader: CheckpointReader) -> str:
+    widths = _and(reader.available)
+    if len(reader.available) == 1:
+        return f"A language model quantized to {widths} bits."
+    own = _and(reader.levels)
+    return f"One quantized language model for {widths} bits in the same files; {own} bits have scales of their own."
+
+
+def _facts(reader: CheckpointReader) -> list[tuple[str, str]]:
+    recipe = reader.recipe.to_dict()
+    shapes = reader.config.get("hidden_size"), reader.config.get("num_hidden_layers")
+    facts = [
+        ("architecture", str(reader.config.get("model_type", "unknown"))),
+        ("blocks", shapes[1]),
+        ("hidden size", shapes[0]),
+        ("quantized weights", f"{sum(row['shape'][0] * row['shape'][1] for row in reader.table):,}"),
+        ("matrices", f"{len(reader.table):,}"),
+        ("method", recipe["solver"]["name"]),
+        ("group size", recipe["format"].get("group_size")),
+        ("embeddings", "quantized" if recipe["embeddings"] else "16 bits"),
+    ]
+    return [(label, str(value)) for label, value in facts if value is not None]
+
+
+def _widths(reader: CheckpointReader, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """One row per width that has scales of its own or has been evaluated."""
+    measured = {row["bits"]: row for row in evaluation["levels"]} if evaluation else {}
+    full = evaluation["full"]["perplexity"] if evaluation else None
+    shown = sorted((set(reader.levels) | set(measured)) & set(reader.available))
+    sizes = level_sizes(reader, shown)
+    largest = max(size["bytes_in_memory"] for size in sizes.values())
+    rows = []
+    for bits in shown:
+        row = measured.get(bits, {})
+        perplexity = row.get("perplexity")
+        rows.append(
+            {
+                "bits": bits,
+                "bits_per_weight": sizes[bits]["bits_per_weight"],
+                "memory": megabytes(sizes[bits]["bytes_in_memory"]),
+                "bar": round(_BAR * sizes[bits]["bytes_in_memory"] / largest),
+                "disk": megabytes(sizes[bits]["bytes_on_disk"]),
+                "error": _number(mean_error(reader.table, bits), ".2g"),
+                "perplexity": _perplexity(perplexity),
+                "change": f"{100 * (perplexity / full - 1):+.1f} %" if perplexity and full else "",
+                "kl_mean": _number(row.get("kl_mean"), ".3g"),
+                "kl_p99": _number(row.get("kl_p99"), ".3g"),
+                "top1": _percent(row.get("top1_agreement")),
+            }
+        )
+    return rows
+
+
+def _other(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The compact table of an earlier evaluation: a column per width."""
+    rows, full = evaluation["levels"], evaluation["full"]["perplexity"]
+    lines = [("perplexity", [_perplexity(r["perplexity"]) for r in rows], _perplexity(full))]
+    if any(r["kl_mean"] is not None for r in rows):
+        lines.append(("KL mean", [_number(r["kl_mean"], ".3g") for r in rows], "0"))
+        lines.append(("same first choice", [_percent(r["top1_agreement"]) for r in rows], "100 %"))
+    return {"words": evaluation["protocol"]["words"], "widths": [r["bits"] for r in rows], "lines": lines}
+
+
+def _verdict(evaluation: dict[str, Any] | None) -> str | None:
+    """The narrowest width within 5% of the full model's perplexity, in a sentence."""
+    full = evaluation["full"]["perplexity"] if evaluation is not None else None
+    if evaluation is None or not full:
+        return None
+    good = [row for row in evaluation["levels"] if row["perplexity"] <= 1.05 * full]
+    if not good:
+        return None
+    row = min(good, key=lambda row: row["bits"])
+    times = 16 / row["bits_per_weight"]
+    return f"At {row['bits']} bits the matrices take {times:.1f} times less room and perplexity rises by less than 5 %."
+
+
+def _quality(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """(title, SVG, caption) of the pictures of quality against counted bits."""
+    pictures = []
+    lines = quality_lines(evaluations, "perplexity")
+    if lines:
+        log_y = _wants_log(lines)
+        svg = line_chart(lines, "bits per weight", "perplexity", references=_references(evaluations), log_y=log_y)
+        pictures.append(
+            ("Perplexity", svg, "Numbers beside the points are widths; the dotted line is the 16-bit model.")
+        )
+    lines = quality_lines(evaluations, "kl_mean")
+    if lines:
+        tails = quality_lines(evaluations, "kl_p99")
+        faint = (
+            [Line("99 % stay below", t.x, t.y, colour=t.colour, faint=True) for t in tails[:1]]
+            if len(lines) == 1
+            else []
+        )
+        svg = line_chart([*lines, *faint], "bits per weight", "KL divergence, nats per token", log_y=True)
+        pictures.append(
+            (
+                "Distance to the 16-bit model",
+                svg,
+                "Mean KL divergence of the predicted tokens; each step down is ten times closer.",
+            )
+        )
+    return pictures
+
+
+def _references(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, float, int]]:
+    several = len(evaluations) > 1
+    return [
+        (f"16 bits, {e['protocol']['text']}" if several else "16 bits", e["full"]["perplexity"], index)
+        for index, e in enumerate(evaluations)
+        if e["full"]["perplexity"]
+    ]
+
+
+def _wants_log(lines: Sequence[Line]) -> bool:
+    values = [y for line in lines for y in line.y]
+    return max(values) > _LOG_FROM * min(values)
+
+
+def _activations(table: Sequence[dict[str, Any]]) -> str | None:
+    lines = activation_lines(table)
+    if not lines:
+        return None
+    return line_chart(lines, "block", "largest absolute input", log_y=_wants_log(lines), whole_x=True, size=(10.4, 3.6))
+
+
+def _files(reader: CheckpointReader) -> list[dict[str, Any]]:
+    """Name, size and share of the largest, for every file of weights; the small ones in one row."""
+    sizes = checkpoint_files(reader)
+    shown = {name: size for name, size in sizes.items() if name.endswith(".safetensors")}
+    shown["tokenizer, tables"] = sum(sizes.values()) - sum(shown.values())
+    largest = max(shown.values())
+    return [
+        {"name": name, "size": megabytes(size), "percent": round(max(100 * size / largest, 0.3), 1)}
+        for name, size in shown.items()
+    ]
+
+
+def _use_shell(reader: CheckpointReader) -> str:
+    bits = reader.available[len(reader.available) // 2]
+    lines = [f'elastiq generate {reader.path.name} --bits {bits} "your prompt"']
+    if len(reader.available) > 1:
+        lines.append(f"elastiq slice {reader.path.name} --bits {bits} -o SMALLER")
+    return "\n".join(lines)
+
+
+def _use_python(reader: CheckpointReader) -> str:
+    first, last = reader.available[0], reader.available[-1]
+    low = reader.levels[min(1, len(reader.levels) - 1)]
+    lines = [
+        "import elastiq",
+        f'model = elastiq.load("{reader.path.name}", bits={low}, max_bits={last})   # an ordinary transformers model',
+    ]
+    if first != last:
+        lines.append(f"elastiq.set_bits(model, {last})   # live")
+    return "\n".join(lines)
+
+
+def _reproduce(reader: CheckpointReader) -> str:
+    """The command that made the checkpoint, as far as its files tell."""
+    recipe, info = reader.recipe.to_dict(), reader.level_table.get("info")
+    info = info if isinstance(info, dict) else {}
+    grid = recipe["format"]
+    words = [
+        "elastiq quantize",
+        str(info.get("model", "MODEL")),
+        "-o",
+        reader.path.name,
+        "--recipe",
+        recipe["solver"]["name"],
+    ]
+    words += ["--levels", _comma(reader.manifest.levels), "--group-size", str(grid.get("group_size"))]
+    words += ["--symmetric"] if grid.get("symmetric") else []
+    words += ["--embeddings"] if recipe["embeddings"] else []
+    words += ["--inputs", recipe["inputs"]] if recipe["inputs"] != "full" else []
+    for name in info.get("calibration") or ():
+        words += ["--calibration", str(name)]
+    for option, key in (("--num-samples", "windows"), ("--seq-len", "seq_len"), ("--seed", "seed")):
+        words += [option, str(info[key])] if key in info else []
+    return " ".join(words)
+
+
+def _perplexity(value: float | None) -> str:
+    return (
+        "" if value is None else f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e9 else f"{value:.1e}"
+    )
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _comma(values: Sequence[int]) -> str:
+    return ",".join(map(str, values))
+
+
+def _and(values: Sequence[int]) -> str:
+    words = list(map(str, values))
+    if len(words) > 2 and values[-1] - values[0] == len(values) - 1:
+        return f"{words[0]} to {words[-1]}"
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]

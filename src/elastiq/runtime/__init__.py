@@ -1,0 +1,22 @@
+"""Modules that run on packed bit planes, in plain torch."""
+
+from .embedding import NestedEmbedding
+from .experts import NestedExperts
+from .linear import NestedLinear, TiedHead
+from .nested import NestedMatrix
+from .stored import StoredMatrix, readable_widths
+from .swap import bits_per_weight, bytes_in_memory, nested_matrices, swap
+
+__all__ = [
+    "NestedEmbedding",
+    "NestedExperts",
+    "NestedLinear",
+    "NestedMatrix",
+    "StoredMatrix",
+    "TiedHead",
+    "bits_per_weight",
+    "bytes_in_memory",
+    "nested_matrices",
+    "readable_widths",
+    "swap",
+]

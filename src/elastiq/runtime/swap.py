@@ -1,0 +1,90 @@
+"""Put nested modules in the place of a model's matrices."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..core import ElastiqError
+from .embedding import NestedEmbedding
+from .experts import NestedExperts
+from .linear import NestedLinear, TiedHead
+from .nested import NestedMatrix
+from .stored import StoredMatrix
+
+
+def swap(model: nn.Module, stored: StoredMatrix) -> None:
+    """Replace the matrix that `stored` describes by an empty nested module; a head tied to an embedding follows it.
+
+    Raises ElastiqError if the model has no such matrix, or one of another shape.
+    """
+    parent_name, _, leaf = stored.name.rpartition(".")
+    original = _original(model, stored)
+    weight = cast(nn.Parameter, original if isinstance(original, nn.Parameter) else original.weight)
+    shape = tuple(weight.T.shape if stored.role == "conv1d" else weight.shape)
+    if shape != stored.shape:
+        raise ElastiqError(
+            f"{stored.name}: the checkpoint holds {list(stored.shape)}, the model of config.json has {list(shape)}; "
+            "the files do not belong together"
+        )
+    parent = model.get_submodule(parent_name)
+    if stored.role == "embedding":
+        _swap_embedding(model, parent, leaf, stored, weight)
+    elif stored.role == "expert":
+        delattr(parent, leaf)
+        setattr(parent, leaf, NestedExperts(stored, weight.dtype))
+    else:
+        setattr(parent, leaf, NestedLinear(stored, getattr(original, "bias", None), weight.dtype))
+
+
+def nested_matrices(model: nn.Module) -> dict[str, NestedMatrix]:
+    """Every nested matrix of the model by name."""
+    return {module.stored.name: module for module in model.modules() if isinstance(module, NestedMatrix)}
+
+
+def bytes_in_memory(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers the model holds, embeddings and unread planes included, shared ones once."""
+    arrays = [*model.parameters(), *model.buffers()]
+    return sum({(a.device, a.data_ptr()): a.nbytes for a in arrays if a.numel()}.values())
+
+
+def bits_per_weight(model: nn.Module) -> float:
+    """Stored bits that the quantized matrices read at their widths (planes, scales, zero points) per weight."""
+    matrices = nested_matrices(model).values()
+    if not matrices:
+        raise ElastiqError("bits_per_weight: the model has no quantized matrices; load one with elastiq.load")
+    used = sum(array.nbytes * 8 for matrix in matrices for array in matrix.read_arrays())
+    return used / sum(matrix.stored.num_weights for matrix in matrices)
+
+
+def _original(model: nn.Module, stored: StoredMatrix) -> nn.Parameter | nn.Module:
+    try:
+        if stored.role == "expert":
+            return model.get_parameter(stored.name)
+        module = model.get_submodule(stored.name)
+    except AttributeError:
+        module = None
+    if module is None or not isinstance(getattr(module, "weight", None), nn.Parameter):
+        raise ElastiqError(
+            f"{stored.name}: the model of config.json has no such matrix; the files do not belong together"
+        )
+    return module
+
+
+def _swap_embedding(model: nn.Module, parent: nn.Module, leaf: str, stored: StoredMatrix, weight: nn.Parameter) -> None:
+    original = getattr(parent, leaf)
+    scale = getattr(original, "embed_scale", None)
+    if scale is None and type(original).forward is not nn.Embedding.forward:
+        raise ElastiqError(
+            f"{stored.name}: {type(original).__name__} is an embedding of its own kind; keep it in 16 bits"
+        )
+    if scale is not None and not isinstance(scale, Tensor):
+        scale = torch.tensor(float(scale))
+    nested = NestedEmbedding(stored, weight.dtype, scale)
+    heads = [(n, m) for n, m in model.named_modules() if m is not original and getattr(m, "weight", None) is weight]
+    setattr(parent, leaf, nested)
+    for name, head in heads:
+        head_parent, _, head_leaf = name.rpartition(".")
+        setattr(model.get_submodule(head_parent), head_leaf, TiedHead(nested, getattr(head, "bias", None)))

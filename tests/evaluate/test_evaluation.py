@@ -1,0 +1,202 @@
+"""Perplexity, divergence and agreement against a naive twin."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from elastiq.checkpoint import CheckpointReader
+from elastiq.core import ElastiqError
+from elastiq.evaluate import evaluate, evaluation, level_sizes, scores
+from elastiq.load import load
+
+WINDOW, COUNT = 24, 5
+
+
+def naive(model: nn.Module, full: nn.Module, ids: list[int]) -> dict[str, float]:
+    """The same numbers from whole logits, one position after the other, in plain double precision."""
+    nll, divergences, agreed = 0.0, [], 0
+    for first in range(0, WINDOW * COUNT, WINDOW):
+        window = torch.tensor([ids[first : first + WINDOW]])
+        with torch.no_grad():
+            q = model.double()(window).logits[0]
+            p = full.double()(window).logits[0]
+        for position in range(WINDOW - 1):
+            probability_q = [math.exp(v) for v in (q[position] - q[position].logsumexp(0)).tolist()]
+            probability_p = [math.exp(v) for v in (p[position] - p[position].logsumexp(0)).tolist()]
+            nll -= math.log(probability_q[int(window[0, position + 1])])
+            divergences.append(sum(a * math.log(a / b) for a, b in zip(probability_p, probability_q, strict=True)))
+            best_p, best_q = probability_p.index(max(probability_p)), probability_q.index(max(probability_q))
+            agreed += best_p == best_q
+    divergences.sort()
+    place = 0.99 * (len(divergences) - 1)
+    below, part = int(place), place - int(place)
+    return {
+        "perplexity": math.exp(nll / len(divergences)),
+        "kl_mean": sum(divergences) / len(divergences),
+        "kl_p99": divergences[below] * (1 - part) + divergences[below + 1] * part,
+        "kl_max": divergences[-1],
+        "top1_agreement": agreed / len(divergences),
+    }
+
+
+@pytest.fixture(scope="module")
+def result(random_checkpoint: Path, text_file: Path, tiny_model: Callable[[str], Path]) -> dict[str, Any]:
+    source = tiny_model("llama")
+    return evaluate(
+        random_checkpoint, [2, 5, 8], text_file, against=source, window=WINDOW, num_windows=COUNT, save=False
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_equals_naive_twin(
+    bits: int, result: dict[str, Any], random_checkpoint: Path, text_file: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    full = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(tiny_model("llama"))(text_file.read_text(), add_special_tokens=False)[
+        "input_ids"
+    ]
+    expected = naive(load(random_checkpoint, bits, dtype=torch.float32), full, ids)
+    row = next(row for row in result["levels"] if row["bits"] == bits)
+    for key, value in expected.items():
+        assert row[key] == pytest.approx(value, rel=1e-4), key
+
+
+def test_full_model_against_itself_has_no_divergence() -> None:
+    logits, targets = torch.randn(40, 11), torch.randint(0, 11, (40,))
+    own = scores.Scores("x")
+    own.add(logits, targets, logits)
+    row = own.to_dict()
+    assert row["kl_mean"] == row["kl_p99"] == row["kl_max"] == 0.0
+    assert row["top1_agreement"] == 1.0
+    assert row["perplexity"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).exp().item())
+
+
+def test_chunks_and_batches_do_not_matter(
+    result: dict[str, Any],
+    random_checkpoint: Path,
+    text_file: Path,
+    tiny_model: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scores, "_CHUNK", 3 * 260)
+    monkeypatch.setattr(evaluation, "_MOST_WINDOWS", 2)
+    source = tiny_model("llama")
+    again = evaluate(
+        random_checkpoint, [2, 5, 8], text_file, against=source, window=WINDOW, num_windows=COUNT, save=False
+    )
+    for row, other in zip(result["levels"], again["levels"], strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+
+
+def test_result_says_what_was_done(result: dict[str, Any]) -> None:
+    protocol = result["protocol"]
+    assert protocol["words"] == (
+        "sample.txt as one text, no special tokens, 5 non-overlapping windows of 24 tokens, 23 predictions each; "
+        "float32 arithmetic"
+    )
+    assert (protocol["window"], protocol["num_windows"], protocol["predicted_tokens"]) == (24, 5, 115)
+    assert [row["bits"] for row in result["levels"]] == [2, 5, 8]
+    assert result["full"]["perplexity"] > 1
+    json.dumps(result, allow_nan=False)
+
+
+def test_without_full_model_the_fields_are_null(random_checkpoint: Path, text_file: Path) -> None:
+    result = evaluate(random_checkpoint, None, text_file, window=WINDOW, num_windows=1, save=False)
+    assert result["full"]["perplexity"] is None
+    assert [row["bits"] for row in result["levels"]] == [2, 3, 4, 6, 8]
+    for row in result["levels"]:
+        assert row["kl_mean"] is row["kl_p99"] is row["kl_max"] is row["top1_agreement"] is None
+        assert row["perplexity"] > 1
+
+
+def test_progress_reaches_the_end(random_checkpoint: Path, text_file: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    evaluate(
+        random_checkpoint,
+        [2, 4],
+        text_file,
+        window=WINDOW,
+        num_windows=3,
+        save=False,
+        progress=lambda *a: seen.append(a),
+    )
+    assert seen[0] == ("evaluating", 0, 6)
+    assert seen[-1] == ("evaluating", 6, 6)
+
+
+def test_sizes_are_counted(random_checkpoint: Path) -> None:
+    reader = CheckpointReader(random_checkpoint)
+    sizes = level_sizes(reader, [1, 3, 8])
+    assert sizes[1]["bits_per_weight"] == pytest.approx(1 + 32 / 32)
+    assert sizes[8]["bits_per_weight"] == pytest.approx(8 + 32 / 32)
+    everything = sum(f.stat().st_size for f in random_checkpoint.iterdir())
+    assert sizes[8]["bytes_on_disk"] == everything
+    dropped = sum((random_checkpoint / f"plane-{p}.safetensors").stat().st_size for p in range(4, 9))
+    assert sizes[3]["bytes_on_disk"] == everything - dropped
+    for bits in (1, 3, 8):
+        model = load(random_checkpoint, bits)
+        arrays = [*model.parameters(), *(b for n, b in model.named_buffers() if "rotary" not in n)]
+        assert sizes[bits]["bytes_in_memory"] == sum({a.data_ptr(): a.nbytes for a in arrays if a.numel()}.values())
+
+
+def test_results_are_kept_beside_the_checkpoint(
+    random_checkpoint: Path, text_file: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "copy"
+    shutil.copytree(random_checkpoint, checkpoint)
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[100:], encoding="utf-8")
+    source = tiny_model("llama")
+    evaluate(checkpoint, [3], text_file, against=source, window=WINDOW, num_windows=2)
+    evaluate(checkpoint, [2, 3], text_file, window=WINDOW, num_windows=2)
+    evaluate(checkpoint, [2], other, window=WINDOW, num_windows=2)
+    kept = json.loads((checkpoint / "evaluation.json").read_text())["evaluations"]
+    assert [(e["protocol"]["text"], [r["bits"] for r in e["levels"]]) for e in kept] == [
+        ("sample.txt", [2, 3]),
+        ("other.txt", [2]),
+    ]
+    assert kept[0]["against"] == source.name
+    assert kept[0]["full"]["perplexity"] > 1
+    assert kept[0]["levels"][0]["kl_mean"] is None
+    assert kept[0]["levels"][1]["kl_mean"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 4000}, "has 2.* tokens, fewer than one window of 4000; use a longer text or a smaller window"),
+        ({"window": 300}, "window=300 exceeds the model's context of 256; use --window 256"),
+        ({"window": 1}, "window=1 predicts nothing"),
+        ({"num_windows": 0}, "num_windows=0 evaluates nothing"),
+        ({"bits": [9]}, "can be read at 1 to 8 bits, not 9"),
+        ({"text": "absent.txt"}, "absent.txt cannot be read"),
+        ({"against": "absent/model/dir"}, "absent/model/dir"),
+    ],
+)
+def test_refusals(arguments: dict[str, Any], message: str, random_checkpoint: Path, text_file: Path) -> None:
+    given: dict[str, Any] = {"bits": [3], "text": text_file, "window": WINDOW, "save": False, **arguments}
+    with pytest.raises(ElastiqError, match=message):
+        evaluate(random_checkpoint, **given)
+
+
+def test_another_vocabulary_is_refused(random_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    import tiny
+
+    other = tiny.make_model("llama", tmp_path / "other", vocab_size=270)
+    with pytest.raises(ElastiqError, match=r"vocabularies differ \(270 and 260\)"):
+        evaluate(random_checkpoint, [3], text_file, against=other, window=WINDOW, num_windows=1, save=False)
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ElastiqError, match=r"3 bits: logits are not finite in torch.float32; use --dtype float32"):
+        scores.Scores("3 bits").add(torch.full((2, 5), float("nan")), torch.tensor([1, 2]))

@@ -1,0 +1,96 @@
+"""Slow, obvious twins of the solvers: double precision, one weight at a time, every code tried."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+SHRINK = [1.0 - 0.04 * i for i in range(18)]
+
+
+def half(x: Array | float) -> Array:
+    return np.asarray(x, dtype=np.float32).astype(np.float16).astype(np.float64)
+
+
+def fit_group(weights: Array, importance: Array, level: int) -> tuple[float, float]:
+    """Scale and zero point of one row's group by trying every shrink."""
+    steps = 2**level - 1
+    middle, radius = (weights.min() + weights.max()) / 2, (weights.max() - weights.min()) / 2
+    best = (np.inf, 0.0, 0.0)
+    for shrink in SHRINK:
+        scale = float(half(max(shrink * radius * 2 / steps, abs(middle) / 30000, 2.0**-24)))
+        zero = float(half(steps / 2 - middle / scale))
+        codes = np.clip(np.rint(weights / scale + zero), 0, steps)
+        loss = float((importance * (weights - scale * (codes - zero)) ** 2).sum())
+        if loss < best[0]:
+            best = (loss, scale, zero)
+    return best[1], best[2]
+
+
+def nested(
+    weight: Array, hessian: Array, levels: tuple[int, ...], weights: tuple[float, ...], group_size: int
+) -> tuple[NDArray[np.uint8], Array, Array]:
+    """Greedy nested codes [out, in], scale and zero point [levels, out, groups], row by row, all codes of every weight
+    scored; no refit, no descent. With one level this is GPTQ."""
+    out_features, width = weight.shape
+    bits = levels[-1]
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    groups = -(-width // group_size)
+    codes = np.zeros(weight.shape, dtype=np.uint8)
+    scale, zero = np.zeros((len(levels), out_features, groups)), np.zeros((len(levels), out_features, groups))
+    candidates = np.arange(2**bits)
+    for row in range(out_features):
+        streams = [weight[row].copy() for _ in levels]
+        for i in range(width):
+            g = i // group_size
+            if i % group_size == 0:
+                columns = slice(i, min(i + group_size, width))
+                for k, level in enumerate(levels):
+                    scale[k, row, g], zero[k, row, g] = fit_group(streams[k][columns], np.diag(hessian)[columns], level)
+            values = [
+                scale[k, row, g] * ((candidates >> (bits - level)) - zero[k, row, g]) for k, level in enumerate(levels)
+            ]
+            cost = sum(weights[k] * (streams[k][i] - values[k]) ** 2 for k in range(len(levels)))
+            codes[row, i] = code = int(np.argmin(cost))
+            for k in range(len(levels)):
+                error = (streams[k][i] - values[k][code]) / upper[i, i]
+                streams[k][i:] -= error * upper[i, i:]
+    return codes, scale, zero
+
+
+def objective(weight: Array, decoded: list[Array], hessian: Array, weights: tuple[float, ...]) -> Array:
+    """[out] sum over levels of weight_r (w - q_r) H (w - q_r)ᵀ."""
+    return sum(  # type: ignore[return-value]
+        w * np.einsum("oi,ij,oj->o", weight - q, hessian, weight - q) for w, q in zip(weights, decoded, strict=True)
+    )
+
+
+def descend(
+    weight: Array, hessian: Array, codes: NDArray[np.uint8], scale: Array, zero: Array, levels: tuple[int, ...],
+    weights: tuple[float, ...],
+) -> NDArray[np.uint8]:  # fmt: skip
+    """One pass of coordinate descent over one group's columns, every code tried by computing the whole objective.
+
+    scale, zero [levels, out]."""
+    codes = codes.copy()
+    bits = levels[-1]
+
+    def total(row: int, trial: NDArray[np.uint8]) -> float:
+        loss = 0.0
+        for k, level in enumerate(levels):
+            d = weight[row] - scale[k, row] * ((trial >> (bits - level)) - zero[k, row])
+            loss += weights[k] * float(d @ hessian @ d)
+        return loss
+
+    for row in range(len(weight)):
+        for i in range(weight.shape[1]):
+            losses = []
+            for code in range(2**bits):
+                trial = codes[row].copy()
+                trial[i] = code
+                losses.append(total(row, trial))
+            if min(losses) < losses[codes[row, i]]:
+                codes[row, i] = int(np.argmin(losses))
+    return codes

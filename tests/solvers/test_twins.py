@@ -1,0 +1,133 @@
+"""Solvers against their naive twins, and what must not change their codes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from contracts.data import output_error, weight_and_stats
+from naive import solvers as naive
+
+from elastiq.core import Codes, ElastiqError, Solver, Stats
+from elastiq.formats import Integer
+from elastiq.linalg.cholesky import damped
+from elastiq.solvers import GPTQ, Nested, RoundToNearest
+
+
+def codes_of(solver: Solver, format: Integer, weight: torch.Tensor, stats: Stats) -> Codes:
+    (term,) = solver.solve(weight, format, stats)
+    assert isinstance(term, Codes)
+    return term
+
+
+@pytest.mark.parametrize("levels", [(2,), (3,), (4,), (8,)])
+def test_published_gptq_equals_its_naive_twin(levels: tuple[int, ...]) -> None:
+    weight, stats = weight_and_stats(16, 80)
+    term = codes_of(GPTQ(refits=0, passes=0), Integer(levels, 32), weight, stats)
+    hessian = damped(stats.mean_hessian(), 0.01).double().numpy()
+    codes, scale, zero = naive.nested(weight.double().numpy(), hessian, levels, (1.0,), 32)
+    assert (term.codes.numpy() == codes).mean() > 0.98
+    group = np.arange(80) // 32
+    decoded = scale[0][:, group] * (codes - zero[0][:, group])
+    ours, theirs = (output_error(weight, x, stats) for x in (term.dense(levels[0]), torch.from_numpy(decoded)))
+    assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def test_nested_equals_its_naive_twin() -> None:
+    levels, weights = (2, 3, 4, 6), (1.0, 2.0, 4.0, 8.0)
+    weight, stats = weight_and_stats(16, 80)
+    term = codes_of(Nested(weights, refits=0, passes=0), Integer(levels, 32), weight, stats)
+    hessian = damped(stats.mean_hessian(), 0.01).double().numpy()
+    codes, scale, zero = naive.nested(weight.double().numpy(), hessian, levels, weights, 32)
+    assert (term.codes.numpy() == codes).mean() > 0.97
+    group = np.arange(80) // 32
+    for k, level in enumerate(levels):
+        decoded = scale[k][:, group] * ((codes >> (6 - level)) - zero[k][:, group])
+        ours, theirs = (output_error(weight, x, stats) for x in (term.dense(level), torch.from_numpy(decoded)))
+        assert ours == pytest.approx(theirs, rel=0.03)
+
+
+@pytest.mark.parametrize("solver", [GPTQ(), GPTQ(act_order=True), Nested(), GPTQ(refits=0, passes=0)], ids=str)
+@pytest.mark.parametrize("block_size", [16, 24, 1000])
+def test_block_size_changes_nothing(solver: Solver, block_size: int) -> None:
+    weight, stats = weight_and_stats(32, 160)
+    format = Integer((2, 4), -1)
+    expected = codes_of(solver, format, weight, stats)
+    got = codes_of(replace(solver, block_size=block_size), format, weight, stats)  # type: ignore[type-var]
+    assert float((got.codes == expected.codes).float().mean()) > 0.99
+    for level in (2, 4):
+        assert output_error(weight, got.dense(level), stats) == pytest.approx(
+            output_error(weight, expected.dense(level), stats), rel=5e-3
+        )
+
+
+@pytest.mark.parametrize("solver", [GPTQ(damp=1e7, refits=0, passes=0), Nested(damp=1e7, refits=0, passes=0)], ids=str)
+def test_infinite_damping_is_rounding(solver: Solver) -> None:
+    """With H = c I no error can be handed on and all channels weigh the same."""
+    weight, stats = weight_and_stats(32, 128)
+    format = Integer((4,), 32)
+    uniform = Stats(count=1, total=1.0, diagonal=torch.ones(128))
+    expected = codes_of(RoundToNearest(), format, weight, uniform)
+    got = codes_of(solver, format, weight, stats)
+    assert float((got.codes == expected.codes).float().mean()) > 0.999
+
+
+def test_one_level_nested_is_gptq() -> None:
+    weight, stats = weight_and_stats(32, 128)
+    a = codes_of(Nested(), Integer((3,), 32), weight, stats)
+    b = codes_of(GPTQ(), Integer((3,), 32), weight, stats)
+    assert torch.equal(a.codes, b.codes) and torch.equal(a.grid.scale, b.grid.scale)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_every_stage_lowers_the_error(act_order: bool) -> None:
+    weight, stats = weight_and_stats(64, 256)
+    format = Integer((3,), 64)
+    stages = [GPTQ(act_order=act_order, refits=r, passes=p) for r, p in ((0, 0), (2, 0), (2, 1), (2, 4))]
+    errors = [output_error(weight, codes_of(s, format, weight, stats).dense(3), stats) for s in stages]
+    if act_order:  # its scales are fixed before the pass, so there is nothing to refit there
+        assert errors[0] == errors[1] > errors[2] > errors[3]
+    else:
+        assert errors[0] > errors[1] > errors[2] > errors[3]
+
+
+def test_gptq_beats_rounding_and_nested_beats_truncation() -> None:
+    weight, stats = weight_and_stats(64, 256)
+    format = Integer((2, 3, 4, 6, 8), 64)
+    rounding, gptq, nested = (
+        [output_error(weight, codes_of(s, format, weight, stats).dense(r), stats) for r in format.levels]
+        for s in (RoundToNearest(), GPTQ(), Nested())
+    )
+    assert gptq[-1] < rounding[-1]
+    assert all(n < 0.8 * g for n, g in zip(nested[:3], gptq[:3], strict=True)), "2, 3 and 4 bits out of one code"
+
+
+def test_weights_trade_levels_against_each_other() -> None:
+    weight, stats = weight_and_stats(64, 256)
+    format = Integer((2, 8), 64)
+    low, high = (codes_of(Nested(w), format, weight, stats) for w in ((1000.0, 1.0), (1.0, 1000.0)))
+    assert output_error(weight, low.dense(2), stats) < output_error(weight, high.dense(2), stats)
+    assert output_error(weight, low.dense(8), stats) > output_error(weight, high.dense(8), stats)
+
+
+def test_singular_hessian_is_damped_until_it_factors() -> None:
+    weight, _ = weight_and_stats(16, 64)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))  # rank 3
+    stats = Stats.empty(64)
+    stats.update(x)
+    assert torch.isfinite(codes_of(GPTQ(damp=0.0), Integer((4,), 32), weight, stats).dense(4)).all()
+
+
+def test_a_hessian_that_is_no_hessian_is_refused() -> None:
+    weight, stats = weight_and_stats(16, 64)
+    stats.hessian = -torch.eye(64) + 2 * torch.diag((torch.arange(64) > 30).float())
+    with pytest.raises(ElastiqError, match="gptq: the Hessian is not positive definite even with damp=1"):
+        codes_of(GPTQ(), Integer((4,), 32), weight, stats)
+
+
+def test_nested_wants_one_weight_per_level() -> None:
+    weight, stats = weight_and_stats(16, 64)
+    with pytest.raises(ElastiqError, match="nested: 2 weights for 3 levels; give one per level"):
+        codes_of(Nested((1.0, 2.0)), Integer((2, 3, 4), 32), weight, stats)
