@@ -25,6 +25,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 Model = Annotated[Path, typer.Option(help="Directory of the 16-bit model.")]
 Work = Annotated[Path, typer.Option(help="Where checkpoints are kept.")]
+CASES = "nested,gptq-2,gptq-3,gptq-4"
 Json = Annotated[Path | None, typer.Option("--json", help="Write the rows here.")]
 
 
@@ -34,26 +35,22 @@ def quality(
     calibration: Annotated[Path, typer.Option(help="Calibration text.")],
     text: Annotated[list[Path], typer.Option(help="Evaluation texts.")],
     work: Work = Path("benchmarks/work"),
-    levels: str = "2,3,4,6,8",
-    alone: Annotated[str, typer.Option(help="Widths to make on their own as well.")] = "2,3,4",
+    levels: Annotated[str, typer.Option(help="Widths of the nested file.")] = "2,3,4,6,8",
+    cases: Annotated[str, typer.Option(help="nested, or gptq-R / rtn-R made for R bits alone.")] = CASES,
     group_size: int = 64,
     num_samples: int = 32,
     num_windows: int = 24,
     token_weights: str = "output",
     json_file: Json = None,
 ) -> None:
-    """One nested file, and GPTQ (with refit and coordinate descent) made for each width alone, at every width."""
-    widths = tuple(int(level) for level in levels.split(","))
-    cases: dict[str, elastiq.Recipe] = {
-        "nested": elastiq.recipes.nested(widths, group_size, token_weights=token_weights),
-        **{
-            f"gptq-{level}": elastiq.recipes.gptq((int(level),), group_size, token_weights=token_weights)
-            for level in alone.split(",")
-            if level
-        },
-    }
+    """One nested file, and files (with refit and coordinate descent) made for each width alone, at every width."""
+    recipes: dict[str, elastiq.Recipe] = {}
+    for case in cases.split(","):
+        name, _, alone = case.partition("-")
+        widths = tuple(int(level) for level in (alone or levels).split(","))
+        recipes[case] = elastiq.recipes.get(name, levels=widths, group_size=group_size, token_weights=token_weights)
     rows = []
-    for name, recipe in cases.items():
+    for name, recipe in recipes.items():
         output = work / f"{model.name}-{name}-g{group_size}-{token_weights}"
         summary = elastiq.quantize(model, output, recipe, calibration, num_samples=num_samples)
         for path in text:

@@ -16,6 +16,7 @@ struct Nest {
   int bits[kMaxLevels];      // ascending widths; a code has bits[num_levels - 1] bits
   float lambda[kMaxLevels];  // weight of each level in the choice of a code
   int beam;                  // candidates kept from one level to the next
+  int keep;                  // top bits of a code that must stay as they are
 };
 
 struct Columns {

@@ -64,15 +64,16 @@ inline void insert(Beam& beam, int limit, vf cost, vi code) {
   }
 }
 
-// The code that minimises sum over levels of lambda * (target - value)^2, by a beam down the tree of prefixes.
-inline vi choose(const Nest& nest, const vf* target, const vf* scale, const vf* zero) {
+// The code that minimises sum over levels of lambda * (target - value)^2, by a beam down the tree of prefixes that
+// begins at the top `keep` bits of `old`.
+inline vi choose(const Nest& nest, const vf* target, const vf* scale, const vf* zero, vi old) {
   const int last = nest.num_levels - 1;
-  if (last == 0) return to_int(nearest_code(target[0] / scale[0] + zero[0], nest.bits[0]));
+  if (last == 0 && nest.keep == 0) return to_int(nearest_code(target[0] / scale[0] + zero[0], nest.bits[0]));
   Beam beam;
   beam.size = 1;
   beam.cost[0] = splat(0.0f);
-  beam.code[0] = splat(int32_t(0));
-  int previous = 0;
+  beam.code[0] = old >> (nest.bits[last] - nest.keep);
+  int previous = nest.keep;
   for (int l = 0; l <= last; ++l) {
     const int shift = nest.bits[l] - previous;
     const int children = 1 << shift;
@@ -123,7 +124,7 @@ void greedy(const Nest& nest, const Columns& c, const float* upper, float* weigh
       vf scale[kMaxLevels], zero[kMaxLevels], target[kMaxLevels];
       load_grid(nest, c, i, row, scale, zero);
       for (int l = 0; l < L; ++l) target[l] = load(weight + (size_t(i) * L + l) * c.rows + row);
-      const vi code = choose(nest, target, scale, zero);
+      const vi code = choose(nest, target, scale, zero, splat(int32_t(0)));
       store_codes(codes + size_t(i) * c.rows + row, code);
       const float inverse = 1.0f / upper[size_t(i) * n + i];
       for (int l = 0; l < L; ++l) {
@@ -151,7 +152,7 @@ void descend(const Nest& nest, const Columns& c, const float* hessian, float* gr
         now[l] = value(nest, l, old, scale[l], zero[l]);
         target[l] = now[l] + load(gradient + (size_t(i) * L + l) * c.rows + row) * inverse;
       }
-      const vi code = choose(nest, target, scale, zero);
+      const vi code = choose(nest, target, scale, zero, old);
       // The beam may miss a code; what is there stays unless the new one is better.
       vf gain = splat(0.0f);
       for (int l = 0; l < L; ++l) {

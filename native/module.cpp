@@ -41,15 +41,15 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-Nest nest_of(const std::vector<int>& bits, const std::vector<float>& lambda, int beam) {
-  if (bits.empty() || bits.size() > kMaxLevels || lambda.size() != bits.size() || beam < 1 || beam > kMaxBeam)
+Nest nest_of(const std::vector<int>& bits, const std::vector<float>& lambda, int beam, int keep) {
+  if (keep < 0 || bits.empty() || bits.size() > kMaxLevels || lambda.size() != bits.size() || beam < 1 || beam > kMaxBeam)
     throw std::invalid_argument("between 1 and 8 levels, one lambda each, and a beam of 1 to 16 are needed");
   Nest nest;
   nest.num_levels = int(bits.size());
   nest.beam = beam;
-  int previous = 0;
+  int previous = nest.keep = keep;
   for (size_t i = 0; i < bits.size(); ++i) {
-    if (bits[i] <= previous || bits[i] > 8) throw std::invalid_argument("levels must ascend between 1 and 8");
+    if (bits[i] <= previous || bits[i] > 8) throw std::invalid_argument("levels must ascend from keep + 1 to 8");
     previous = nest.bits[i] = bits[i];
     nest.lambda[i] = lambda[i];
   }
@@ -61,21 +61,21 @@ Nest nest_of(const std::vector<int>& bits, const std::vector<float>& lambda, int
 NB_MODULE(_native, m) {
   m.def("paths", &paths, "Instruction sets this processor runs, the best first.");
   m.def("greedy", [](const std::string& path, const std::vector<int>& bits, const std::vector<float>& lambda, int beam,
-                     int columns, int groups, int rows, uintptr_t group_of, uintptr_t scale, uintptr_t zero, int threads,
+                     int keep, int columns, int groups, int rows, uintptr_t group_of, uintptr_t scale, uintptr_t zero, int threads,
                      uintptr_t upper, uintptr_t weight, uintptr_t codes, uintptr_t error) {
     const Columns c{columns, groups, rows, pointer<const int32_t>(group_of), pointer<const float>(scale),
                     pointer<const float>(zero), threads};
-    const Nest nest = nest_of(bits, lambda, beam);
+    const Nest nest = nest_of(bits, lambda, beam, keep);
     const Functions& f = functions(path);
     nb::gil_scoped_release release;
     f.greedy(nest, c, pointer<const float>(upper), pointer<float>(weight), pointer<uint8_t>(codes), pointer<float>(error));
   });
   m.def("descend", [](const std::string& path, const std::vector<int>& bits, const std::vector<float>& lambda, int beam,
-                      int columns, int groups, int rows, uintptr_t group_of, uintptr_t scale, uintptr_t zero, int threads,
+                      int keep, int columns, int groups, int rows, uintptr_t group_of, uintptr_t scale, uintptr_t zero, int threads,
                       uintptr_t hessian, uintptr_t gradient, uintptr_t codes) {
     const Columns c{columns, groups, rows, pointer<const int32_t>(group_of), pointer<const float>(scale),
                     pointer<const float>(zero), threads};
-    const Nest nest = nest_of(bits, lambda, beam);
+    const Nest nest = nest_of(bits, lambda, beam, keep);
     const Functions& f = functions(path);
     nb::gil_scoped_release release;
     f.descend(nest, c, pointer<const float>(hessian), pointer<float>(gradient), pointer<uint8_t>(codes));
@@ -83,7 +83,7 @@ NB_MODULE(_native, m) {
   m.def("fit", [](const std::string& path, const std::vector<int>& bits, int columns, int rows, uintptr_t importance,
                   uintptr_t weight, uintptr_t shrink, int num_shrink, bool symmetric, uintptr_t scale, uintptr_t zero,
                   int threads) {
-    const Nest nest = nest_of(bits, std::vector<float>(bits.size(), 1.0f), 1);
+    const Nest nest = nest_of(bits, std::vector<float>(bits.size(), 1.0f), 1, 0);
     const Functions& f = functions(path);
     nb::gil_scoped_release release;
     f.fit(nest, columns, rows, pointer<const float>(importance), pointer<const float>(weight), pointer<const float>(shrink),

@@ -173,7 +173,6 @@ def train_tokenizer(some: list[Document]) -> PreTrainedTokenizerFast:
         bos_token=END,
         eos_token=END,
         pad_token=END,
-        model_max_length=SEQ_LEN,
         clean_up_tokenization_spaces=False,
     )
 

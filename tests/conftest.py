@@ -11,7 +11,7 @@ import tiny
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_model("llama")` is the directory of a tiny random float16 model, made once per session; do not write in it."""
+    """`tiny_model("llama")` is the directory of a tiny random float16 model; made once, so do not write in it."""
     made: dict[str, Path] = {}
 
     def get(family: str) -> Path:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from elastiq.checkpoint import CheckpointWriter
-from elastiq.core import Codes, Format, Grid, QuantizedWeight, Recipe, Site, Solver, Stats, Term, to_half
+from elastiq.core import Codes, Grid, QuantizedWeight, Recipe, Site, to_half
+from elastiq.formats import Integer
+from elastiq.solvers import RoundToNearest
 
 LEVELS = (2, 3, 4, 6, 8)
 
@@ -55,27 +57,8 @@ def row(site: Site, weight: QuantizedWeight) -> dict[str, Any]:
     }
 
 
-class _RandomFormat(Format):
-    def __init__(self, levels: tuple[int, ...], group_size: int) -> None:
-        self.levels, self.group_size = levels, group_size
-
-    def fit(self, weight: Tensor, stats: Stats) -> Grid:
-        raise NotImplementedError
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": "integer", "levels": list(self.levels), "group_size": self.group_size}
-
-
-class _RandomSolver(Solver):
-    def solve(self, weight: Tensor, format: Format, stats: Stats) -> tuple[Term, ...]:
-        raise NotImplementedError
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": "rtn"}
-
-
 def random_recipe(levels: tuple[int, ...] = LEVELS, group_size: int = 32, embeddings: bool = False) -> Recipe:
-    return Recipe(_RandomFormat(levels, group_size), _RandomSolver(), embeddings)
+    return Recipe(Integer(levels, group_size), RoundToNearest(), embeddings)
 
 
 def sites_of(model: nn.Module, embeddings: bool = False) -> list[Site]:

@@ -3,8 +3,11 @@
 Plain torch and transformers. It shares no line with elastiq's own evaluation, so that the two can check each other, and
 it runs in every peer's environment, whatever versions that peer pins.
 
-    python evaluate_dense.py FULL_MODEL_DIR OTHER_MODEL_DIR --texts a.txt b.txt --json scores.json
+    python evaluate_dense.py FULL_MODEL_DIR OTHER_MODEL_DIR ... --texts a.txt b.txt --json scores.json
     python evaluate_dense.py FULL_MODEL_DIR --texts a.txt            # the full model alone
+
+The scripts of this folder write such other models with --save DIR (weights decoded to float32, and row.json, the fields
+of their rows); judging several in one call runs the full model once.
 
 Protocol: a text file is tokenized as one string without special tokens and cut from its beginning into windows of
 --seq-len tokens that do not overlap; every window gives seq_len - 1 predictions. Weights are read as stored and all
@@ -148,18 +151,28 @@ def _scores(sums: _Sums, full_nll: float, positions: int) -> Scores:
 
 
 class Meter:
-    """Seconds and peak memory of one piece of work; the peak is that of the process since its start."""
+    """Cost of one piece of work: wall seconds, processor seconds of all threads, peak memory of the process so far."""
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_mib: float = 0.0
+
+    def fields(self) -> dict[str, float]:
+        """The cost as a row's fields. On a shared machine the processor seconds are the ones to compare."""
+        return {
+            "seconds": round(self.seconds, 1),
+            "cpu_seconds": round(self.cpu_seconds, 1),
+            "peak_mib": round(self.peak_mib),
+        }
 
 
 @contextmanager
 def measure() -> Iterator[Meter]:
     """Time the body; the fields are filled in when it ends."""
-    meter, begin = Meter(), time.perf_counter()
+    meter, begin, busy = Meter(), time.perf_counter(), time.process_time()
     yield meter
     meter.seconds = time.perf_counter() - begin
+    meter.cpu_seconds = time.process_time() - busy
     meter.peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -215,21 +228,45 @@ def calibration_arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--calibration", type=Path, default=CALIBRATION, help="text to calibrate on")
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--save", type=Path, help="folder to save the quantized models in, one folder each")
     parser.add_argument("--skip-evaluation", action="store_true", help="quantize, report time and memory only")
     return parser
 
 
+def finish(args: argparse.Namespace, results: Sequence[tuple[dict[str, Any], Mapping[str, torch.Tensor]]]) -> None:
+    """Check, save, judge and record quantized weights, each given with the fields of its row."""
+    others = []
+    for row, weights in results:
+        check_quantized(weights, row["bits"], row["group_size"])
+        row["calibration"] = f"{args.calibration.parent.name}/{args.calibration.name}"
+        others.append((row, load_quantized(args.model_dir, weights)))
+        if args.save:
+            name = f"{args.model_dir.resolve().name}-{row['peer']}-{row['variant']}-{row['bits']}"
+            folder = args.save / name.replace(" ", "-").replace(",", "")
+            others[-1][1].save_pretrained(folder)
+            (folder / "row.json").write_text(json.dumps(row) + "\n")
+    if args.skip_evaluation:
+        rows = [{**row, "model": args.model_dir.resolve().name, "text": None} for row, _ in others]
+    else:
+        rows = judge(args.model_dir, others, args.texts, args.windows, args.seq_len)
+    save_rows(args.json, rows)
+
+
 def main() -> None:
-    """Judge one folder against another, or the full model alone."""
+    """Judge folders against another, or the full model alone."""
     parser = common_arguments(__doc__)
-    parser.add_argument("other_dir", type=Path, nargs="?", help="folder of the other model, in plain weights")
-    parser.add_argument("--name", default="full", help="name of the other model in the rows")
+    parser.add_argument("other_dirs", type=Path, nargs="*", help="folders of the other models, in plain weights")
     args = parser.parse_args()
     with measure() as meter:
-        other = load_dense(args.other_dir or args.model_dir)
-        rows = judge(args.model_dir, [({"peer": args.name}, other)], args.texts, args.windows, args.seq_len)
+        others = []
+        for folder in args.other_dirs:
+            row = folder / "row.json"
+            fields = json.loads(row.read_text()) if row.exists() else {"peer": folder.resolve().name}
+            others.append((fields, load_dense(folder)))
+        others = others or [({"peer": "full"}, load_dense(args.model_dir))]
+        rows = judge(args.model_dir, others, args.texts, args.windows, args.seq_len)
     save_rows(args.json, rows)
-    print(f"{meter.seconds:.1f} s, peak {meter.peak_mib:.0f} MiB")
+    print(meter.fields())
 
 
 if __name__ == "__main__":

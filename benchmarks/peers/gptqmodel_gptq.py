@@ -17,14 +17,11 @@ from typing import Any
 import torch
 from evaluate_dense import (
     calibration_arguments,
-    check_quantized,
     decoder_linears,
-    judge,
+    finish,
     load_dense,
-    load_quantized,
     measure,
     read_windows,
-    save_rows,
 )
 from torch import nn
 
@@ -70,8 +67,8 @@ def run(args: Any, bits: int) -> None:
     """Quantize at one width, judge, save."""
     windows = read_windows(args.model_dir, args.calibration, args.num_samples, args.seq_len)
     shapes = {name: linear.weight.shape for name, linear in decoder_linears(load_dense(args.model_dir)).items()}
-    # Its default writes finished layers to disk and leaves empty ones behind: kept where only time and memory count.
-    config = QuantizeConfig(bits=bits, group_size=args.group_size, offload_to_disk=args.skip_evaluation)
+    # By default it writes finished layers to disk and leaves empty ones behind, from which nothing can be decoded.
+    config = QuantizeConfig(bits=bits, group_size=args.group_size, offload_to_disk=False)
     with measure() as meter:
         model = quantize(args.model_dir, windows, config, getattr(torch, args.dtype))
     layers = packed_layers(model, set(shapes))
@@ -82,20 +79,13 @@ def run(args: Any, bits: int) -> None:
         "bits": bits,
         "bits_per_weight": counted_bits(layers, sum(shape.numel() for shape in shapes.values())),
         "group_size": args.group_size,
-        "calibration": f"{args.calibration.parent.name}/{args.calibration.name}",
-        "seconds": round(meter.seconds, 1),
-        "peak_mib": round(meter.peak_mib),
+        **meter.fields(),
     }
-    if args.skip_evaluation:
-        save_rows(args.json, [{**row, "model": args.model_dir.resolve().name, "text": None}])
-        return
     weights = {}
     for name, layer in layers.items():
         layer.scales = layer.scales.half().float()
         weights[name] = type(layer).dequantize_weight(layer).detach().clone().T.float()
-    check_quantized(weights, bits, args.group_size)
-    other = load_quantized(args.model_dir, weights)
-    save_rows(args.json, judge(args.model_dir, [(row, other)], args.texts, args.windows, args.seq_len))
+    finish(args, [(row, weights)])
 
 
 def main() -> None:

@@ -20,13 +20,10 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from evaluate_dense import (
     calibration_arguments,
-    check_quantized,
     decoder_linears,
-    judge,
-    load_quantized,
+    finish,
     measure,
     read_windows,
-    save_rows,
 )
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
@@ -90,18 +87,11 @@ def run(args: Any, bits: int) -> None:
         "bits": bits,
         "bits_per_weight": bits + (16 + bits * args.asymmetric) / args.group_size,
         "group_size": args.group_size,
-        "calibration": f"{args.calibration.parent.name}/{args.calibration.name}",
-        "seconds": round(meter.seconds, 1),
-        "peak_mib": round(meter.peak_mib),
+        **meter.fields(),
     }
-    if args.skip_evaluation:
-        save_rows(args.json, [{**row, "model": args.model_dir.resolve().name, "text": None}])
-        return
     weights = quantized_weights(model)
-    check_quantized(weights, bits, args.group_size)
     del model
-    other = load_quantized(args.model_dir, weights)
-    save_rows(args.json, judge(args.model_dir, [(row, other)], args.texts, args.windows, args.seq_len))
+    finish(args, [(row, weights)])
 
 
 def main() -> None:

@@ -29,14 +29,11 @@ from typing import Any
 import torch
 from evaluate_dense import (
     calibration_arguments,
-    check_quantized,
     decoder_linears,
-    judge,
+    finish,
     load_dense,
-    load_quantized,
     measure,
     read_windows,
-    save_rows,
 )
 from torch import nn
 
@@ -281,21 +278,14 @@ def main() -> None:
         "version": ORIGIN,
         "variant": f"{'asymmetric' if args.asymmetric else 'symmetric'}, {args.slices} slices",
         "group_size": args.group_size,
-        "calibration": f"{args.calibration.parent.name}/{args.calibration.name}",
-        "seconds": round(meter.seconds, 1),
-        "peak_mib": round(meter.peak_mib),
+        **meter.fields(),
     }
-    if args.skip_evaluation:
-        save_rows(args.json, [{**row, "bits": None, "model": args.model_dir.resolve().name, "text": None}])
-        return
-    others = []
+    results = []
     for level in args.bits:
-        weights = {name: matrix.dense(slices, level) for name, matrix in file.items()}
-        check_quantized(weights, level, args.group_size)
         bits_per_weight = level + (16 + PARENT_BITS * args.asymmetric) / args.group_size
         fields = {**row, "bits": level, "bits_per_weight": bits_per_weight}
-        others.append((fields, load_quantized(args.model_dir, weights)))
-    save_rows(args.json, judge(args.model_dir, others, args.texts, args.windows, args.seq_len))
+        results.append((fields, {name: matrix.dense(slices, level) for name, matrix in file.items()}))
+    finish(args, results)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,7 +42,7 @@ def calibration_ids(
     tensor of ids; None for the text that travels with the package. A record is {"text": ...} or {"messages": [...]},
     the latter rendered with the tokenizer's chat template. Everything is joined by blank lines into one text and cut
     into consecutive windows that do not overlap, from its start, without special tokens. Ids of one dimension are cut
-    the same way, rows of a matrix are windows already. Raises ElastiqError for what cannot be read and for less than
+    the same way, rows of a matrix are windows already (cut to seq_len where they are longer). Raises ElastiqError for what cannot be read and for less than
     one window.
     """
     if isinstance(calibration, Tensor):
@@ -54,7 +56,7 @@ def calibration_ids(
 def _windows_of_ids(ids: Tensor, num_samples: int, seq_len: int) -> Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
         raise ElastiqError("calibration: token ids must be whole numbers in one or two dimensions")
-    if ids.shape[-1] < seq_len or not len(ids):
+    if not ids.numel() or (ids.dim() == 1 and ids.numel() < seq_len):
         raise ElastiqError(
             f"calibration: {ids.shape[-1]} tokens are less than one window of {seq_len}; "
             "give a longer text or a smaller seq_len"
@@ -235,6 +237,7 @@ class BlockStream:
         self._inputs, self._outputs = self._outputs, self._inputs
         free_module(self._model, self.layout.blocks[block])
         self.block, self._done = block + 1, False
+        _give_back_memory()
 
     @torch.no_grad()
     def final_stats(self) -> Stats:
@@ -519,6 +522,14 @@ class _ExpertProducts(TorchFunctionMode):
                 expert = weight.storage_offset() // site.num_weights
                 self._products.add(f"{site.tensor}.{expert}", args[0] if args else kwargs["input"], output)
         return output
+
+
+def _give_back_memory() -> None:
+    """Return freed memory to the system. The C library keeps it in pieces otherwise, and grows from block to block."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it, and only glibc needs it
+        if trim is not None:
+            trim(0)
 
 
 def _matrix(model: PreTrainedModel, site: Site) -> Tensor:

@@ -253,12 +253,15 @@ def generate_command(
     temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling, with a temperature.")] = 0,
     device: Device = "cpu",
-    dtype: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.float32,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(help="Arithmetic. (default: float32 on a CPU, else the model's own)", show_default=False),
+    ] = None,
 ) -> None:
     """Answer PROMPT at one width, printing as the tokens come."""
     tokenizer = load_tokenizer(checkpoint)
     tokens = _prompt_tokens(tokenizer, prompt, raw)
-    model: Any = load(checkpoint, bits, device=_device(device), dtype=_DTYPES[dtype.value])
+    model: Any = load(checkpoint, bits, device=_device(device), dtype=None if dtype is None else _DTYPES[dtype.value])
     context = getattr(model.config, "max_position_embeddings", None) or tokens.shape[1] + max_new_tokens
     if tokens.shape[1] >= context:
         raise ElastiqError(

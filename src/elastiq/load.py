@@ -42,14 +42,14 @@ def load(
 
     bits: one width, or {matrix name: width} with the rest at the widest; None is the widest the directory gives.
     max_bits: planes to hold, for `set_bits` without reading again; None holds what `bits` needs. dtype: of what is not
-    quantized and of the computation; None is the dtype of config.json. verify: compare every file that is read with
+    quantized and of the computation; None is float32 on a CPU (whose float16 is slow), else the dtype of config.json. verify: compare every file that is read with
     its checksum first.
 
     Raises ElastiqError for a damaged or foreign directory and for a width it cannot give.
     """
     reader = CheckpointReader(path, verify=verify)
     config = _config(reader)
-    model = _skeleton(reader, config, dtype or _dtype(config))
+    model = _skeleton(reader, config, dtype or _dtype(config, torch.device(device)))
     _untie_stored(model, reader)
     for matrix in reader.manifest.matrices.values():
         swap(model, matrix)
@@ -125,9 +125,10 @@ def _config(reader: CheckpointReader) -> PretrainedConfig:
     return config
 
 
-def _dtype(config: PretrainedConfig) -> torch.dtype:
+def _dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype:
     dtype = config.dtype
-    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
+    known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    return dtype if known and device.type != "cpu" else torch.float32
 
 
 def _skeleton(reader: CheckpointReader, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -43,8 +43,8 @@ TOKENS_PER_CHANNEL = 1 / 16
 class Summary:
     """What a run did.
 
-    levels: level -> bits_per_weight (counted over the quantized matrices), bytes_in_memory (planes and scales of that
-    level, and everything in 16 bits), bytes_on_disk (the files a reader of that level needs), error (mean over the
+    levels: level -> bits_per_weight (counted over the quantized matrices), bytes_in_memory (the planes up to that level
+    with their scales, and everything in 16 bits), bytes_on_disk (the files a reader of that level needs), error (mean over the
     matrices of the relative output error). already_finished: nothing was done, the checkpoint was there.
     """
 
@@ -110,10 +110,11 @@ def quantize(
     source = ModelSource(model, revision)
     tokenizer = source.tokenizer()
     ids = calibration_ids(calibration, tokenizer, num_samples, seq_len)
-    if len(ids) < num_samples and calibration is not None:
-        log.warning("the calibration text gives %d windows of %d tokens, not %d", len(ids), seq_len, num_samples)
+    if len(ids) < num_samples and not isinstance(calibration, Tensor):
+        log.info("the calibration text gives %d windows of %d tokens, not %d", len(ids), seq_len, num_samples)
     report("reading the model", 0, 1)
     fingerprint = _fingerprint(source, recipe, ids, dtype or torch.float32)
+    report("reading the model", 1, 1)
     output = Path(output)
     if not restart and is_finished(output, fingerprint):
         return _summary(output, len(ids), begin, already_finished=True)
@@ -134,7 +135,12 @@ def quantize(
             report("quantizing embeddings", 0, 1)
             run.embeddings(skeleton, source)
         report("writing the checkpoint", 0, 1)
-        info = {"windows": len(ids), "seq_len": seq_len, "skipped": layout.skipped}
+        info = {
+            "model": source.path.resolve().name,
+            "windows": len(ids),
+            "seq_len": ids.shape[1],
+            "skipped": layout.skipped,
+        }
         writer.finish(_base(source, layout, recipe), source.path, _config(source), recipe, info)
     report("writing the checkpoint", 1, 1)
     return _summary(output, len(ids), begin, resumed_blocks=len(done))
@@ -326,7 +332,7 @@ def _plan(source: ModelSource, skeleton: Any, layout: Layout, recipe: Recipe, nu
     for index, level in enumerate(recipe.levels):
         levels[level] = {
             "bits_per_weight": 8 * (planes * level + scales) / weights,
-            "bytes_in_memory": base + planes * level + scales,
+            "bytes_in_memory": base + planes * level + scales * (index + 1),
             "bytes_on_disk": base + planes * level + scales * (index + 1),
         }
     states = 4 * num_samples * seq_len * skeleton.config.get_text_config().hidden_size

@@ -42,7 +42,11 @@ def read_evaluations(checkpoint: str | Path) -> list[dict[str, Any]]:
     """Every evaluation kept beside a checkpoint, oldest first; nothing where the file is absent or not ours."""
     try:
         kept = json.loads((Path(checkpoint) / FILE).read_text(encoding="utf-8"))["evaluations"]
-        return [e for e in kept if isinstance(e["levels"], list) and isinstance(e["protocol"], dict)]
+        return [
+            e
+            for e in kept
+            if isinstance(e["levels"], list) and isinstance(e["protocol"]["text"], str) and "against" in e
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

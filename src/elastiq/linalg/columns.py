@@ -22,11 +22,13 @@ SHRINK = tuple(1.0 - 0.04 * i for i in range(18))
 
 @dataclass(frozen=True)
 class Nest:
-    """levels: ascending widths; weights: lambda of each in the choice of a code; beam: prefixes kept per level."""
+    """levels: ascending widths; weights: lambda of each in the choice of a code; beam: prefixes kept per level; keep: top
+    bits of a code that `descend` must leave as they are."""
 
     levels: tuple[int, ...]
     weights: tuple[float, ...]
     beam: int = 5
+    keep: int = 0
 
     @property
     def bits(self) -> int:
@@ -82,7 +84,7 @@ def greedy(
     sum_r lambda_r (weight_r - value_r(code))².
     """
     columns, _, rows = weight.shape
-    codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
+    codes = torch.zeros(columns, rows, dtype=torch.uint8, device=weight.device)
     error = torch.empty_like(weight)
     if _compiled(weight):
         weight = weight.clone(memory_format=torch.contiguous_format)
@@ -95,7 +97,7 @@ def greedy(
     weight = weight.clone()
     for i in range(columns):
         s, z = scale[group_of[i]], zero[group_of[i]]
-        codes[i] = _choose(nest, weight[i], s, z)
+        codes[i] = _choose(nest, weight[i], s, z, codes[i])
         error[i] = (weight[i] - _value(nest, codes[i], s, z)) / upper[i, i]
         weight[i + 1 :] -= error[i] * upper[i, i + 1 :, None, None]
     return codes, error
@@ -123,7 +125,7 @@ def descend(
         s, z = scale[group_of[i]], zero[group_of[i]]
         now = _value(nest, codes[i], s, z)
         target = now + gradient[i] / hessian[i, i]
-        code = _choose(nest, target, s, z)
+        code = _choose(nest, target, s, z, codes[i])
         value = _value(nest, code, s, z)
         gain = (weights * ((target - now).square() - (target - value).square())).sum(dim=0)
         step = torch.where(gain > 0, value - now, 0.0)
@@ -144,14 +146,14 @@ def values(nest: Nest, codes: Tensor, scale: Tensor, zero: Tensor, group_of: Ten
     )
 
 
-def _choose(nest: Nest, target: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def _choose(nest: Nest, target: Tensor, scale: Tensor, zero: Tensor, old: Tensor) -> Tensor:
     """uint8 [rows]: the code with the least sum_r lambda_r (target_r - value_r)², by a beam down the tree."""
-    if len(nest.levels) == 1:
+    if len(nest.levels) == 1 and not nest.keep:
         return (target[0] / scale[0] + zero[0]).clamp(0, 2**nest.bits - 1).round().to(torch.uint8)
     rows = target.shape[1]
     cost = torch.zeros(1, rows, device=target.device)
-    code = torch.zeros(1, rows, dtype=torch.int64, device=target.device)
-    previous = 0
+    code = old.long().unsqueeze(0) >> (nest.bits - nest.keep)
+    previous = nest.keep
     for k, level in enumerate(nest.levels):
         children = torch.arange(2 ** (level - previous), device=target.device)
         code = ((code << (level - previous)).unsqueeze(1) + children[:, None]).flatten(0, 1)
@@ -178,6 +180,6 @@ def _compiled(x: Tensor) -> bool:
 def _header(nest: Nest, columns: int, rows: int, scale: Tensor, zero: Tensor, group_of: Tensor) -> tuple[object, ...]:
     assert scale.is_contiguous() and zero.is_contiguous() and group_of.dtype == torch.int32
     return (
-        native.current(), list(nest.levels), list(nest.weights), nest.beam, columns, len(scale), rows,
+        native.current(), list(nest.levels), list(nest.weights), nest.beam, nest.keep, columns, len(scale), rows,
         group_of.data_ptr(), scale.data_ptr(), zero.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

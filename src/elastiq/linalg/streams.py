@@ -15,6 +15,8 @@ from ..core import MIN_SCALE, Grid, derive, to_half
 from . import columns
 from .columns import LANES, Nest
 
+LOW = 4
+"""Widest level that refinement leaves alone."""
 ROW_CHUNK = 1024
 """Rows solved together: bounds the memory, changes no code."""
 
@@ -23,12 +25,13 @@ ROW_CHUNK = 1024
 class Search:
     """How hard to look.
 
-    refits: rounds of scale refit per group in the greedy pass. passes: sweeps of descent after it.
-    block_size: columns per lazy update; changes no code.
+    refits: rounds of scale refit per group in the greedy pass. passes: sweeps of descent after it. refines: sweeps, at
+    last, over the levels above `LOW` bits alone, with the codes of the others as they are. block_size: columns per lazy update; changes no code.
     """
 
     refits: int
     passes: int
+    refines: int
     block_size: int
 
 
@@ -57,6 +60,7 @@ def solve(
             state.greedy_in_order(upper, grid, rows)
         for _ in range(search.passes):
             state.descend()
+        state.refine()
         _collect(state, len(weight[rows]), order, *parts)
     return torch.cat(parts[0]), _grid(nest.levels, grid, *parts[1:])
 
@@ -80,7 +84,7 @@ def refit_lower_levels(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Gri
     parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for first in range(0, len(weight), ROW_CHUNK):
         rows = slice(first, first + ROW_CHUNK)
-        state = _State.of_rows(weight[rows], hessian, nest, Search(0, 0, 0), begin, None)
+        state = _State.of_rows(weight[rows], hessian, nest, Search(0, 0, 0, 0), begin, None)
         state.start_from(begin, rows, codes[rows] >> (grid.bits - lower[-1]))
         for _ in range(2):
             state.move_scales()
@@ -187,6 +191,19 @@ class _State:
                 self.nest, self.codes[at], local, hessian, self.scale, self.zero, self.group_of[at].contiguous()
             )
             gradient -= _apply(self.hessian[:, at], self._values(at) - before)
+
+    def refine(self) -> None:
+        """Sweeps over the levels above `LOW` bits, whose bits below are free once the lower levels are settled."""
+        kept = sum(level <= LOW for level in self.nest.levels)
+        if not self.search.refines or not 0 < kept < len(self.nest.levels):
+            return
+        nest = Nest(self.nest.levels[kept:], self.nest.weights[kept:], self.nest.beam, self.nest.levels[kept - 1])
+        high = _State(self.original, self.hessian, nest, self.search, self.symmetric, self.group_of)
+        high.codes = self.codes
+        high.scale, high.zero = self.scale[:, kept:].contiguous(), self.zero[:, kept:].contiguous()
+        for _ in range(self.search.refines):
+            high.descend()
+        self.scale[:, kept:], self.zero[:, kept:] = high.scale, high.zero
 
     def move_scales(self) -> None:
         """One sweep over the groups' scales with all codes fixed."""

@@ -104,7 +104,7 @@ def _figure(
         for name, height, colour in references:
             axes.axhline(height, color=paint[SERIES[colour % len(SERIES)]], linestyle=":", linewidth=1.6, label=name)
         axes.set(xlabel=x_label, ylabel=y_label)
-        axes.tick_params(length=0)
+        axes.tick_params(which="both", length=0)
         if log_y:
             _log_axis(axes)
         if whole_x:

@@ -160,14 +160,25 @@ def experts(table: Sequence[dict[str, Any]]) -> list[tuple[int, list[Expert]]]:
     return [(block, [each[n] for n in sorted(each)][:_MAX_COLUMNS]) for block, each in sorted(found.items())]
 
 
+def evaluation_names(evaluations: Sequence[dict[str, Any]]) -> list[str]:
+    """The text of each evaluation, with its windows where one text was measured in several ways."""
+    protocols = [evaluation["protocol"] for evaluation in evaluations]
+    texts = [p["text"] for p in protocols]
+    return [
+        p["text"] if texts.count(p["text"]) == 1 else f"{p['text']}, {p['num_windows']} x {p['window']} tokens"
+        for p in protocols
+    ]
+
+
 def quality_lines(evaluations: Sequence[dict[str, Any]], key: str) -> list[Line]:
     """`key` of every evaluation against counted bits per weight; the topmost curve's points carry their widths."""
     lines = []
+    names = evaluation_names(evaluations)
     for index, evaluation in enumerate(evaluations):
         rows = [r for r in evaluation["levels"] if isinstance(r.get(key), (int, float)) and r[key] > 0]
         if rows:
             labels = [str(r["bits"]) for r in rows]
             x = [r["bits_per_weight"] for r in rows]
-            lines.append(Line(evaluation["protocol"]["text"], x, [r[key] for r in rows], labels, colour=index))
+            lines.append(Line(names[index], x, [r[key] for r in rows], labels, colour=index))
     top = max(lines, key=lambda line: max(line.y), default=None)
     return [line if line is top else replace(line, labels=()) for line in lines]

@@ -15,6 +15,7 @@ from .charts import line_chart, save_line_chart
 from .data import (
     Line,
     activation_lines,
+    evaluation_names,
     experts,
     gradient,
     hardest,
@@ -75,7 +76,7 @@ def _view(reader: CheckpointReader) -> dict[str, Any]:
     """Every value the template names."""
     table, levels = reader.table, reader.levels
     evaluations = read_evaluations(reader.path)[-4:]
-    evaluation = evaluations[-1] if evaluations else None
+    evaluation = _main(evaluations)
     maps = heat_maps(table, levels)
     blocks = sorted({row["block"] for row in table if row["block"] >= 0})
     expert_rows = experts(table)
@@ -90,7 +91,7 @@ def _view(reader: CheckpointReader) -> dict[str, Any]:
         "full_perplexity": _perplexity(full) or None,
         "full_memory": megabytes(full_bytes(reader)),
         "best": _verdict(evaluation),
-        "others": [_other(e) for e in reversed(evaluations[:-1])],
+        "others": [_other(e) for e in reversed(evaluations) if e is not evaluation],
         "quality": _quality(evaluations),
         "heat_maps": maps,
         "gradient": gradient(),
@@ -110,6 +111,12 @@ def _view(reader: CheckpointReader) -> dict[str, Any]:
         "reproduce": _reproduce(reader),
         "version": version("elastiq"),
     }
+
+
+def _main(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The latest evaluation, one against the full model if there is any."""
+    compared = [e for e in evaluations if e["against"] is not None] or evaluations
+    return compared[-1] if compared else None
 
 
 def _lead(reader: CheckpointReader) -> str:
@@ -218,9 +225,9 @@ def _quality(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]
 
 
 def _references(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, float, int]]:
-    several = len(evaluations) > 1
+    names = evaluation_names(evaluations)
     return [
-        (f"16 bits, {e['protocol']['text']}" if several else "16 bits", e["full"]["perplexity"], index)
+        (f"16 bits, {names[index]}" if len(names) > 1 else "16 bits", e["full"]["perplexity"], index)
         for index, e in enumerate(evaluations)
         if e["full"]["perplexity"]
     ]
@@ -251,7 +258,7 @@ def _files(reader: CheckpointReader) -> list[dict[str, Any]]:
 
 
 def _use_shell(reader: CheckpointReader) -> str:
-    bits = reader.available[len(reader.available) // 2]
+    bits = reader.levels[len(reader.levels) // 2]
     lines = [f'elastiq generate {reader.path.name} --bits {bits} "your prompt"']
     if len(reader.available) > 1:
         lines.append(f"elastiq slice {reader.path.name} --bits {bits} -o SMALLER")

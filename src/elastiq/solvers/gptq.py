@@ -25,10 +25,10 @@ class GPTQ(Solver, name="gptq"):
     With several levels the codes are those of the top level; lower levels refit their scales on its top bits.
     """
 
-    damp: float = 0.01
+    damp: float = 0.003
     act_order: bool = False
     refits: int = 2
-    passes: int = 3
+    passes: int = 4
     block_size: int = 128
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -41,7 +41,7 @@ class GPTQ(Solver, name="gptq"):
             hessian = hessian[order][:, order]
         damped, upper, _ = cholesky.factor_with_retry(hessian, self.damp, "gptq")
         nest = Nest(format.levels[-1:], (1.0,))
-        search = streams.Search(self.refits, self.passes, self.block_size)
+        search = streams.Search(self.refits, self.passes, 0, self.block_size)
         codes, grid = streams.solve(weight, damped, upper, nest, format.fit(weight, stats), search, order)
         if order is not None:
             inverse = order.argsort()

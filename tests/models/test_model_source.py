@@ -1,0 +1,204 @@
+"""Reading a model directory, and the sentence for everything that can be wrong with one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from elastiq.core import ElastiqError
+from elastiq.models import ModelSource, build_skeleton, load_module
+from elastiq.models import source as source_module
+
+
+@pytest.fixture
+def broken(tiny_model: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of a model that a test may spoil."""
+    return Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return tiny.make_model("llama", tmp_path / "sharded", max_shard_size="60KB")
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_names_sizes_and_tensors_of_a_sharded_model(sharded: Path) -> None:
+    source = ModelSource(sharded)
+    assert len(source.shards) > 2
+    assert source.num_bytes == sum(file.stat().st_size for file in sharded.glob("*.safetensors"))
+    with source.open() as reader:
+        for name, file in source.tensor_files.items():
+            with safe_open(sharded / file, "pt") as handle:
+                assert torch.equal(reader.read(name), handle.get_tensor(name))
+
+
+def test_fingerprint_is_of_whole_files_and_sees_one_changed_byte(broken: Path) -> None:
+    before = ModelSource(broken).fingerprint()
+    assert set(before) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} | (
+        {"chat_template.jinja"} & {file.name for file in broken.iterdir()}
+    )
+    assert before["config.json"] == hashlib.sha256((broken / "config.json").read_bytes()).hexdigest()
+    data = bytearray((broken / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (broken / "model.safetensors").write_bytes(data)
+    after = ModelSource(broken).fingerprint()
+    assert {name for name in before if before[name] != after[name]} == {"model.safetensors"}
+
+
+def test_tokenizer_is_the_directory_s_own(broken: Path) -> None:
+    tokenizer = ModelSource(broken).tokenizer()
+    assert tokenizer.decode(tokenizer("héllo", add_special_tokens=False)["input_ids"]) == "héllo"
+    for file in source_module.TOKENIZER_FILES:
+        (broken / file).unlink(missing_ok=True)
+    with pytest.raises(ElastiqError, match=r"has no tokenizer; copy tokenizer\.json"):
+        ModelSource(broken).tokenizer()
+
+
+def test_not_a_model_directory(tmp_path: Path) -> None:
+    with pytest.raises(ElastiqError, match=r"is not a model directory: it has no config\.json"):
+        ModelSource(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ElastiqError, match=r"config\.json is not valid JSON"):
+        ModelSource(tmp_path)
+    with pytest.raises(ElastiqError, match="is a file, not a model directory"):
+        ModelSource(tmp_path / "config.json")
+    with pytest.raises(ElastiqError, match="does not exist; give a model directory or a hub name"):
+        ModelSource(str(tmp_path / "nothing"))
+
+
+def test_a_hub_name_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> str:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(source_module, "snapshot_download", offline)
+    with pytest.raises(
+        ElastiqError, match=r"org/name is not a directory here and could not be fetched .*no connection"
+    ):
+        ModelSource("org/name")
+
+
+def test_a_hub_snapshot_holds_nothing_that_could_be_run(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]
+) -> None:
+    asked: dict[str, object] = {}
+
+    def fetch(name: str, **kwargs: object) -> str:
+        asked.update(kwargs, name=name)
+        return str(tiny_model("llama"))
+
+    monkeypatch.setattr(source_module, "snapshot_download", fetch)
+    assert ModelSource("org/name", revision="v1").path == tiny_model("llama")
+    assert (asked["name"], asked["revision"]) == ("org/name", "v1")
+    assert not any(str(pattern).endswith((".py", ".bin", ".pt")) for pattern in asked["allow_patterns"])  # type: ignore[attr-defined]
+
+
+def test_pickles_are_never_read(broken: Path) -> None:
+    (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
+    with pytest.raises(ElastiqError, match="pickle files only, which are never read; save it once in safetensors"):
+        ModelSource(broken)
+    (broken / "pytorch_model.bin").unlink()
+    with pytest.raises(ElastiqError, match=r"holds no weights: neither model\.safetensors nor"):
+        ModelSource(broken)
+
+
+def test_missing_shard_is_named(sharded: Path) -> None:
+    shard = ModelSource(sharded).shards[1]
+    (sharded / shard).unlink()
+    with pytest.raises(ElastiqError, match=f"lacks the shard {shard} that .* names; download the model again"):
+        ModelSource(sharded)
+
+
+def test_truncated_shard_is_named(broken: Path, sharded: Path) -> None:
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ElastiqError, match=r"model\.safetensors is truncated or damaged .*; download it again"):
+        ModelSource(broken)
+    source = ModelSource(sharded)
+    shard = sharded / source.shards[-1]
+    shard.write_bytes(shard.read_bytes()[:40])
+    with pytest.raises(ElastiqError, match=f"{shard.name} is truncated or damaged"):
+        load_module(build_skeleton(source, torch.float32), "", source, torch.float32, "cpu")
+
+
+def test_unreadable_shard_is_named(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*args: object, **kwargs: object) -> None:
+        raise PermissionError("Permission denied")
+
+    monkeypatch.setattr(source_module, "safe_open", denied)
+    with pytest.raises(ElastiqError, match=r"model\.safetensors cannot be read \(Permission denied\)"):
+        ModelSource(broken)
+
+
+def test_index_that_lies(sharded: Path) -> None:
+    index = sharded / source_module.INDEX
+    good = json.loads(index.read_text())
+    name, shards = "model.norm.weight", sorted(set(good["weight_map"].values()))
+    wrong = next(shard for shard in shards if shard != good["weight_map"][name])
+    index.write_text(json.dumps({"weight_map": {**good["weight_map"], name: wrong}}))
+    source = ModelSource(sharded)
+    with pytest.raises(ElastiqError, match=r"does not hold the tensor model\.norm\.weight that the index promises"):
+        load_module(build_skeleton(source, torch.float32), "model.norm", source, torch.float32, "cpu")
+    index.write_text(json.dumps({"weight_map": {name: "../elsewhere.safetensors"}}))
+    with pytest.raises(ElastiqError, match="names a shard outside its directory"):
+        ModelSource(sharded)
+    index.write_text("{}")
+    with pytest.raises(ElastiqError, match="has no weight_map; download the model again"):
+        ModelSource(sharded)
+
+
+def test_unknown_architecture_and_its_code(broken: Path) -> None:
+    edit_config(broken, model_type="strange", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
+    (broken / "code.py").write_text("raise SystemExit('code from a model directory was run')")
+    with pytest.raises(ElastiqError, match=r"the architecture 'strange' is not part of transformers .* never run"):
+        ModelSource(broken)
+
+
+def test_code_beside_a_known_architecture_is_not_run(broken: Path) -> None:
+    edit_config(broken, auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
+    (broken / "code.py").write_text("raise SystemExit('code from a model directory was run')")
+    source = ModelSource(broken)
+    assert type(build_skeleton(source, torch.float32)).__module__.startswith("transformers.")
+
+
+def test_already_quantized_model(broken: Path) -> None:
+    edit_config(broken, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ElastiqError, match=r"is already quantized \(quant_method gptq\); give the 16-bit model"):
+        ModelSource(broken)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(broken: Path, value: float) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, broken / "model.safetensors")
+    source = ModelSource(broken)
+    model = build_skeleton(source, torch.float32)
+    load_module(model, "model.layers.0", source, torch.float32, "cpu")
+    with pytest.raises(ElastiqError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite weights"):
+        load_module(model, "model.layers.1", source, torch.float32, "cpu")
+
+
+def test_missing_and_misshapen_tensors_are_named(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.norm.weight"] = torch.ones(3)
+    save_file(tensors, broken / "model.safetensors")
+    source = ModelSource(broken)
+    model = build_skeleton(source, torch.float32)
+    with pytest.raises(ElastiqError, match=r"no tensor for the parameter model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_module(model, "model.layers.1", source, torch.float32, "cpu")
+    with pytest.raises(ElastiqError, match=r"model\.norm\.weight has the shape \[3\] .* config\.json says \[64\]"):
+        load_module(model, "model.norm", source, torch.float32, "cpu")
