@@ -102,9 +102,10 @@ def test_calibration_that_cannot_be_used(tmp_path: Path) -> None:
     refused(file("c.jsonl", "[1, 2]"), r"c\.jsonl, line 1: a record is")
     refused([{"prompt": "?"}], "calibration record 0: a record is")
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
-    refused([{"messages": []}], "calibration record 0: the chat template cannot render these messages: no such role")
+    chat = [{"messages": [{"role": "user", "content": "hello"}]}]
+    refused(chat, "calibration record 0: the chat template cannot render these messages: no such role")
     tokenizer.chat_template = None
-    refused([{"messages": [{"role": "user", "content": "hello"}]}], "no chat template to render messages with")
+    refused(chat, "no chat template to render messages with")
 
 
 # Hidden states through the blocks

@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM
 
 import elastiq
 from elastiq import ElastiqError, recipes
+from elastiq.calibrate import BlockStream
 from elastiq.checkpoint import CheckpointReader
 from elastiq.load import bits_per_weight
+from elastiq.models import ModelSource, build_skeleton, discover
 from elastiq.quantize import plan, quantize
 
 quantize_module = sys.modules["elastiq.quantize"]  # the package's name of the same spelling is the function
@@ -271,3 +273,21 @@ def test_memory_is_flat_over_blocks(tmp_path: Path) -> None:
     block = 4 * (4 * 384 * 384 + 3 * 384 * 1024)
     assert held[12] - held[3] < block / 2, f"{held}"
     assert peak[12] - peak[3] < 3 * block, f"{peak}"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_arithmetic_in_bfloat16_does_not_round_the_weights(
+    family: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = ModelSource(tiny_model(family))
+    model = build_skeleton(source, torch.bfloat16)
+    layout = discover(model)
+    coarse = BlockStream(model, source, layout, IDS, frozenset({"hessian"}), torch.bfloat16, token_weights="output")
+    fine_model = build_skeleton(source, torch.float32)
+    fine = BlockStream(fine_model, source, layout, IDS, frozenset({"hessian"}), token_weights="output")
+    for block in range(len(layout.blocks)):
+        weights, expected = coarse.weights(block), fine.weights(block)
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        for stream in (coarse, fine):
+            stream.collect(block)
+            stream.advance(block)

@@ -52,14 +52,17 @@ def packed_layers(model: nn.Module, names: set[str]) -> dict[str, nn.Module]:
     return layers
 
 
-def counted_bits(layers: dict[str, nn.Module], count: int) -> float:
-    """Bits per weight of codes, zero points and group indices as packed, and of scales at 16 bits each."""
+def counted_bits(layers: dict[str, nn.Module], count: int, group_size: int) -> float:
+    """Bits per weight of codes and zero points as packed and of scales at 16 bits each.
+
+    The index of every channel's group is stored too, but counted only where it says more than channel // group_size.
+    """
     bits = 0
     for layer in layers.values():
-        for name in ("qweight", "qzeros", "g_idx"):
-            tensor = getattr(layer, name)
-            bits += tensor.numel() * tensor.element_size() * 8
-        bits += layer.scales.numel() * 16
+        bits += sum(8 * tensor.numel() * tensor.element_size() for tensor in (layer.qweight, layer.qzeros))
+        bits += 16 * layer.scales.numel()
+        if not torch.equal(layer.g_idx.cpu().int(), torch.arange(layer.in_features, dtype=torch.int32) // group_size):
+            bits += 8 * layer.g_idx.numel() * layer.g_idx.element_size()
     return bits / count
 
 
@@ -77,7 +80,7 @@ def run(args: Any, bits: int) -> None:
         "version": version(PEER),
         "variant": "symmetric" if config.sym else "asymmetric",
         "bits": bits,
-        "bits_per_weight": counted_bits(layers, sum(shape.numel() for shape in shapes.values())),
+        "bits_per_weight": counted_bits(layers, sum(shape.numel() for shape in shapes.values()), args.group_size),
         "group_size": args.group_size,
         **meter.fields(),
     }

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .core import ElastiqError, Site, Stats
 from .embedded import calibration_text
-from .models import Layout, ModelSource, free_module, load_module
+from .models import Layout, ModelSource, free_module, load_module, read_parameter
 
 log = logging.getLogger("elastiq")
 
@@ -446,11 +446,18 @@ class _Weights(Mapping[str, Tensor]):
     def __init__(self, stream: BlockStream, sites: Sequence[Site]) -> None:
         self._stream = stream
         self._sites = {site.name: site for site in sites}
+        self._last = "", torch.empty(0)
 
     def __getitem__(self, name: str) -> Tensor:
         site, stream = self._sites[name], self._stream
-        if site.block != -1:
+        if site.block != -1 and stream._dtype == torch.float32:
             return _matrix(stream._model, site).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if site.block != -1:  # what the block computes in may be coarser than what is stored
+            parameter = site.tensor if site.expert is not None else f"{name}.weight"
+            if self._last[0] != parameter:
+                self._last = parameter, read_parameter(stream._model, parameter, stream._source).to(stream._device)
+            stored = self._last[1] if site.expert is None else self._last[1][site.expert]
+            return (stored.T if site.role == "conv1d" else stored).clone(memory_format=torch.contiguous_format)
         load_module(stream._model, name, stream._source, torch.float32, stream._device)
         try:
             return _matrix(stream._model, site).detach()

@@ -127,8 +127,9 @@ def _config(reader: CheckpointReader) -> PretrainedConfig:
 
 def _dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype:
     dtype = config.dtype
-    known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    return dtype if known and device.type != "cpu" else torch.float32
+    if device.type == "cpu" or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return torch.float32
+    return dtype
 
 
 def _skeleton(reader: CheckpointReader, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Model directories: reading them, building the module tree without weights, finding what can be quantized."""
 
 from .discover import Layout, discover
-from .skeleton import build_skeleton, free_module, load_module
+from .skeleton import build_skeleton, free_module, load_module, read_parameter
 from .source import ModelSource
 
-__all__ = ["Layout", "ModelSource", "build_skeleton", "discover", "free_module", "load_module"]
+__all__ = ["Layout", "ModelSource", "build_skeleton", "discover", "free_module", "load_module", "read_parameter"]

@@ -80,6 +80,12 @@ def load_module(
                 part._buffers[key] = buffer.to(device)
 
 
+def read_parameter(model: PreTrainedModel, name: str, source: ModelSource) -> torch.Tensor:
+    """The parameter `name` from the checkpoint, float32 on the CPU, whatever the model computes in."""
+    (tensor,) = (t for n, t in _map(model, source).read([name], torch.float32, model) if n == name)
+    return tensor
+
+
 def free_module(model: PreTrainedModel, name: str) -> None:
     """Put every parameter under the module `name` back to the meta device; ties are kept."""
     prefix = f"{name}." if name else ""
