@@ -25,8 +25,8 @@ def codes_of(solver: Solver, format: Integer, weight: torch.Tensor, stats: Stats
 @pytest.mark.parametrize("levels", [(2,), (3,), (4,), (8,)])
 def test_published_gptq_equals_its_naive_twin(levels: tuple[int, ...]) -> None:
     weight, stats = weight_and_stats(16, 80)
-    term = codes_of(GPTQ(refits=0, passes=0), Integer(levels, 32), weight, stats)
-    hessian = damped(stats.mean_hessian(), 0.003).double().numpy()
+    term = codes_of(GPTQ(damp=0.01, refits=0, passes=0), Integer(levels, 32), weight, stats)
+    hessian = damped(stats.mean_hessian(), 0.01).double().numpy()
     codes, scale, zero = naive.nested(weight.double().numpy(), hessian, levels, (1.0,), 32)
     assert (term.codes.numpy() == codes).mean() > 0.98
     group = np.arange(80) // 32
@@ -38,8 +38,8 @@ def test_published_gptq_equals_its_naive_twin(levels: tuple[int, ...]) -> None:
 def test_nested_equals_its_naive_twin() -> None:
     levels, weights = (2, 3, 4, 6), (1.0, 2.0, 4.0, 8.0)
     weight, stats = weight_and_stats(16, 80)
-    term = codes_of(Nested(weights, refits=0, passes=0), Integer(levels, 32), weight, stats)
-    hessian = damped(stats.mean_hessian(), 0.003).double().numpy()
+    term = codes_of(Nested(weights, damp=0.01, refits=0, passes=0, refines=0), Integer(levels, 32), weight, stats)
+    hessian = damped(stats.mean_hessian(), 0.01).double().numpy()
     codes, scale, zero = naive.nested(weight.double().numpy(), hessian, levels, weights, 32)
     assert (term.codes.numpy() == codes).mean() > 0.97
     group = np.arange(80) // 32
@@ -131,3 +131,13 @@ def test_nested_wants_one_weight_per_level() -> None:
     weight, stats = weight_and_stats(16, 64)
     with pytest.raises(ElastiqError, match="nested: 2 weights for 3 levels; give one per level"):
         codes_of(Nested((1.0, 2.0)), Integer((2, 3, 4), 32), weight, stats)
+
+
+def test_refinement_helps_high_levels_and_leaves_low_ones() -> None:
+    weight, stats = weight_and_stats(64, 256)
+    format = Integer((2, 4, 6, 8), 64)
+    before, after = (codes_of(Nested(refines=n), format, weight, stats) for n in (0, 6))
+    for level in (2, 4):
+        assert torch.equal(before.dense(level), after.dense(level))
+    for level in (6, 8):
+        assert output_error(weight, after.dense(level), stats) < output_error(weight, before.dense(level), stats)

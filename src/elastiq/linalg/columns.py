@@ -136,14 +136,12 @@ def descend(
 
 def values(nest: Nest, codes: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor) -> Tensor:
     """[columns, levels, rows] float32 that codes uint8 [columns, rows] stand for at every level."""
-    group = group_of.long()
-    return torch.stack(
-        [
-            scale[group, k] * ((codes >> (nest.bits - level)).float() - zero[group, k])
-            for k, level in enumerate(nest.levels)
-        ],
-        dim=1,
-    )
+    values = []
+    for k, level in enumerate(nest.levels):
+        one = len(scale) == 1  # every column is of the same group
+        s, z = (x[0, k] if one else x[:, k].index_select(0, group_of) for x in (scale, zero))
+        values.append(s * ((codes >> (nest.bits - level)).float() - z))
+    return torch.stack(values, dim=1)
 
 
 def _choose(nest: Nest, target: Tensor, scale: Tensor, zero: Tensor, old: Tensor) -> Tensor:

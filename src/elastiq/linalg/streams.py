@@ -177,20 +177,18 @@ class _State:
     def descend(self) -> None:
         """One sweep: every group moves its scales, then its codes, against the gradient of the whole rows' error."""
         gradient = self._gradient()
-        if self._scattered():
+        if bool((self.group_of.diff() < 0).any()):  # act_order: no block of columns is a group
             size = self.search.block_size
-            blocks = [slice(i, min(i + size, len(self.codes))) for i in range(0, len(self.codes), size)]
-        else:
-            blocks = self._groups()
-        for g, at in enumerate(blocks):
-            hessian, local, before = self.hessian[at, at], gradient[at], self._values(at)
-            if not self._scattered():
-                step = self._move_group(g, at, local)
-                local = local - _apply(hessian, step)
-            self.codes[at] = columns.descend(
-                self.nest, self.codes[at], local, hessian, self.scale, self.zero, self.group_of[at].contiguous()
-            )
-            gradient -= _apply(self.hessian[:, at], self._values(at) - before)
+            for first in range(0, len(self.codes), size):
+                at = slice(first, min(first + size, len(self.codes)))
+                grid = self.scale, self.zero, self.group_of[at].contiguous()
+                gradient -= _apply(self.hessian[:, at], self._move_codes(at, gradient[at], *grid))
+            return
+        for g, at in enumerate(self._groups()):
+            step = self._move_group(g, at, gradient[at])
+            local = gradient[at] - _apply(self.hessian[at, at], step)
+            grid = self.scale[g : g + 1], self.zero[g : g + 1], torch.zeros_like(self.group_of[at])
+            gradient -= _apply(self.hessian[:, at], self._move_codes(at, local, *grid) + step)
 
     def refine(self) -> None:
         """Sweeps over the levels above `LOW` bits, whose bits below are free once the lower levels are settled."""
@@ -213,7 +211,15 @@ class _State:
 
     def _gradient(self) -> Tensor:
         """(W - Q_r) H, [columns, levels, rows]."""
-        return _apply(self.hessian, self.original.unsqueeze(1) - self._values(slice(None)))
+        values = columns.values(self.nest, self.codes, self.scale, self.zero, self.group_of)
+        return _apply(self.hessian, self.original.unsqueeze(1) - values)
+
+    def _move_codes(self, at: slice, gradient: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor) -> Tensor:
+        """One pass of descent over the codes of these columns; returns the step of their values."""
+        before = self.codes[at].clone()
+        self.codes[at] = columns.descend(self.nest, before, gradient, self.hessian[at, at], scale, zero, group_of)
+        after = columns.values(self.nest, self.codes[at], scale, zero, group_of)
+        return after - columns.values(self.nest, before, scale, zero, group_of)
 
     def _move_group(self, g: int, at: slice, gradient: Tensor) -> Tensor:
         """Step group g's scales; returns the step of its values."""
@@ -222,15 +228,9 @@ class _State:
         )
         return step
 
-    def _scattered(self) -> bool:
-        return bool((self.group_of.diff() < 0).any())
-
     def _groups(self) -> list[slice]:
         edges = [0, *(torch.nonzero(self.group_of.diff()).flatten() + 1).tolist(), len(self.codes)]
         return [slice(a, b) for a, b in pairwise(edges)]
-
-    def _values(self, at: slice) -> Tensor:
-        return columns.values(self.nest, self.codes[at], self.scale, self.zero, self.group_of[at])
 
     def _greedy(
         self, weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor
