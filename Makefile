@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 	@$(BIN)/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/installed
-	@$(BIN)/pytest
+	@OMP_NUM_THREADS=1 $(BIN)/pytest
 
 lint: $(VENV)/installed
 	@$(BIN)/ruff check --quiet .

@@ -78,15 +78,14 @@ def quantize(model: str, checkpoint: Path) -> None:
         levels = ",".join(map(str, LEVELS))
         run("quantize", model, "-o", checkpoint, "--levels", levels, "--group-size", GROUP_SIZE, "--num-samples", 32)
         return
+    passes = 0 if native.current() == "torch" else 1
     out.print(
-        f"\nThe inner loops run on {native.current()!r} here, which is slower: 8 calibration windows of 512 tokens "
-        "(the default is 128) and one pass of the solver (the default is four and four), so the numbers are worse"
+        f"\nSlow here (path {native.current()!r}), so less than the default: 8 calibration windows of 512 tokens for "
+        f"128, {passes} sweeps of the solver for 4, none for the high levels; expect worse numbers"
     )
-    out.print(
-        f"[bold]>>> elastiq.quantize({model!r}, {str(checkpoint)!r},\n"
-        f"...     elastiq.recipes.nested({LEVELS}, {GROUP_SIZE}, passes=1, refines=0), num_samples=8)[/]"
-    )
-    recipe = elastiq.recipes.nested(LEVELS, GROUP_SIZE, passes=1, refines=0)
+    call = f"elastiq.recipes.nested({LEVELS}, {GROUP_SIZE}, passes={passes}, refines=0)"
+    out.print(Text(f">>> elastiq.quantize({model!r}, {str(checkpoint)!r}, {call}, num_samples=8)", style="bold"))
+    recipe = elastiq.recipes.nested(LEVELS, GROUP_SIZE, passes=passes, refines=0)
     try:
         with Bars() as progress:
             elastiq.quantize(model, checkpoint, recipe, num_samples=8, progress=progress)

@@ -8,7 +8,9 @@ weights in it are 4-bit (Q4_1, groups of 32; the embedding 8-bit), so a comparis
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import subprocess
 import sys
 import tempfile
@@ -70,8 +72,9 @@ def _convert(gguf: Path, directory: Path) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        read: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
+            read: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except ImportError as error:
         raise Unavailable(f"{gguf.name} cannot be read: {str(error).strip().splitlines()[0]}") from None
     config = type(read.config).from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})

@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 python scripts/train_embedded.py
 
 gathers the text, cuts off the held-out documents, trains the tokenizer and the model, measures the held-out perplexity
-and writes the whole directory. Everything follows from the seed and the Python version. It takes MINUTES minutes of one
-core with AVX-512 BF16.
+and writes the whole directory. Text and tokenizer follow from the Python version alone, the weights from the seed too,
+and in their last digits from the processor. It takes 22 minutes of one core with AVX-512 BF16.
 
-The documentation alone is 2 MB: a model that reads nothing else has learned it by heart before it writes good English.
-So the first steps are mostly source code of the same library, and the last ones documentation only.
+The documentation alone is 2 MB, which a model of this size soon learns by heart. So the first steps are mostly source
+code of the same library, and the last ones documentation only.
 """
 
 import ast

@@ -446,3 +446,33 @@ def test_memory_is_flat_over_blocks(tmp_path: Path) -> None:
     held = [int(line) for line in result.stdout.split()]
     assert len(held) == 12
     assert held[-1] - held[1] <= 8, held
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_token_weights_are_the_gradients_of_the_blocks_output(family: str, tiny_model: Callable[[str], Path]) -> None:
+    """Against the whole model in one graph: gradients of block 1's output times the same random direction."""
+    source = ModelSource(tiny_model(family))
+    skeleton = build_skeleton(source, torch.float32)
+    layout = discover(skeleton)
+    ids = torch.randint(1, 250, (2, 24), generator=torch.Generator().manual_seed(3))
+    stream = BlockStream(skeleton, source, layout, ids, frozenset({"hessian"}), token_weights="output")
+    stream.advance(0)
+    found = stream.collect(1)
+
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    outputs: list[torch.Tensor] = []
+    for site in layout.at(1):
+        model.get_submodule(site.name).register_forward_hook(
+            lambda module, args, y, name=site.name: seen.__setitem__(name, (args[0], y))
+        )
+    model.get_submodule(layout.blocks[1]).register_forward_hook(
+        lambda module, args, y: outputs.append(y if isinstance(y, torch.Tensor) else y[0])
+    )
+    model(input_ids=ids)
+    direction = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(outputs[0], [y for _, y in seen.values()], direction)
+    for (name, (x, _)), gradient in zip(seen.items(), gradients, strict=True):
+        rows, weights = x.detach().flatten(0, 1).double(), gradient.flatten(0, 1).double().square().sum(dim=1)
+        expected = (rows * weights[:, None]).T @ rows / weights.sum()
+        torch.testing.assert_close(found[name].mean_hessian().double(), expected, rtol=1e-3, atol=1e-6)

@@ -42,8 +42,8 @@ def calibration_ids(
     tensor of ids; None for the text that travels with the package. A record is {"text": ...} or {"messages": [...]},
     the latter rendered with the tokenizer's chat template. Everything is joined by blank lines into one text and cut
     into consecutive windows that do not overlap, from its start, without special tokens. Ids of one dimension are cut
-    the same way, rows of a matrix are windows already (cut to seq_len where they are longer). Raises ElastiqError for what cannot be read and for less than
-    one window.
+    the same way, rows of a matrix are windows already (cut to seq_len where they are longer). Raises ElastiqError for
+    what cannot be read and for less than one window.
     """
     if isinstance(calibration, Tensor):
         return _windows_of_ids(calibration, num_samples, seq_len)

@@ -42,8 +42,8 @@ def load(
 
     bits: one width, or {matrix name: width} with the rest at the widest; None is the widest the directory gives.
     max_bits: planes to hold, for `set_bits` without reading again; None holds what `bits` needs. dtype: of what is not
-    quantized and of the computation; None is float32 on a CPU (whose float16 is slow), else the dtype of config.json. verify: compare every file that is read with
-    its checksum first.
+    quantized and of the computation; None is float32 on a CPU (whose float16 is slow), else the dtype of config.json.
+    verify: compare every file that is read with its checksum first.
 
     Raises ElastiqError for a damaged or foreign directory and for a width it cannot give.
     """

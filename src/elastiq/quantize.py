@@ -44,8 +44,8 @@ class Summary:
     """What a run did.
 
     levels: level -> bits_per_weight (counted over the quantized matrices), bytes_in_memory (the planes up to that level
-    with their scales, and everything in 16 bits), bytes_on_disk (the files a reader of that level needs), error (mean over the
-    matrices of the relative output error). already_finished: nothing was done, the checkpoint was there.
+    with their scales, and everything in 16 bits), bytes_on_disk (the files a reader of that level needs), error (mean
+    over the matrices of the relative output error). already_finished: nothing was done, the checkpoint was there.
     """
 
     output: str

@@ -22,8 +22,10 @@ SHRINK = tuple(1.0 - 0.04 * i for i in range(18))
 
 @dataclass(frozen=True)
 class Nest:
-    """levels: ascending widths; weights: lambda of each in the choice of a code; beam: prefixes kept per level; keep: top
-    bits of a code that `descend` must leave as they are."""
+    """levels: ascending widths; weights: lambda of each in the choice of a code; beam: prefixes kept per level.
+
+    keep: top bits of a code that `descend` must leave as they are.
+    """
 
     levels: tuple[int, ...]
     weights: tuple[float, ...]

@@ -25,8 +25,9 @@ ROW_CHUNK = 1024
 class Search:
     """How hard to look.
 
-    refits: rounds of scale refit per group in the greedy pass. passes: sweeps of descent after it. refines: sweeps, at
-    last, over the levels above `LOW` bits alone, with the codes of the others as they are. block_size: columns per lazy update; changes no code.
+    refits: rounds of scale refit per group in the greedy pass. passes: sweeps of descent after it.
+    refines: sweeps, at last, over the levels above `LOW` bits alone, with the codes of the others as they are.
+    block_size: columns per lazy update; changes no code.
     """
 
     refits: int
