@@ -8,6 +8,9 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 pytho
 TORCH ?= torch==2.13.0
 MODEL ?=
 
+# Threads that wait do not spin: on a machine that computes something else too, spinning costs tenfold.
+export OMP_WAIT_POLICY ?= passive
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
