@@ -75,8 +75,8 @@ def quantize(model: str, checkpoint: Path) -> None:
     """With less of everything than the default, so that the demo ends within minutes."""
     windows, passes, refines = {"avx512": (16, 1, 1), "torch": (8, 0, 0)}.get(native.current(), (8, 1, 0))
     out.print(
-        f"\nTo be quick (path {native.current()!r}): {windows} calibration windows of 512 tokens, the default is 128; solver "
-        f"sweeps {passes} over all levels and {refines} over the high ones, the default is 4 and 4; expect worse numbers"
+        f"\nTo be quick (path {native.current()!r}): {windows} calibration windows of 512 tokens, the default is 128;\n"
+        f"solver sweeps {passes} over all levels, {refines} over the high ones, the default is 4 and 4: worse numbers"
     )
     call = f"elastiq.recipes.nested({LEVELS}, {GROUP_SIZE}, passes={passes}, refines={refines})"
     call = f">>> elastiq.quantize({model!r}, {str(checkpoint)!r}, {call}, num_samples={windows})"
