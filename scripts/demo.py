@@ -84,9 +84,11 @@ def quantize(model: str, checkpoint: Path) -> None:
     recipe = elastiq.recipes.nested(LEVELS, GROUP_SIZE, passes=passes, refines=refines)
     try:
         with Bars() as progress:
-            elastiq.quantize(model, checkpoint, recipe, num_samples=windows, progress=progress)
+            summary = elastiq.quantize(model, checkpoint, recipe, num_samples=windows, progress=progress)
     except elastiq.ElastiqError as error:
-        sys.exit(f"elastiq: error: {error}")
+        sys.exit(f"elastiq: error: {error}; to start the demo over, remove {checkpoint.parent}")
+    if summary.already_finished:
+        out.print("finished already")
 
 
 def evaluate(model: str, checkpoint: Path, text: Path, result: Path) -> dict[str, Any]:
