@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from elastiq import calibrate
 from elastiq.calibrate import BlockStream, calibration_ids
+from elastiq.calibrate import stream as stream_module
 from elastiq.core import ElastiqError, Stats
 from elastiq.embedded import calibration_text
 from elastiq.models import Layout, ModelSource, build_skeleton, discover
@@ -114,7 +114,7 @@ def test_calibration_that_cannot_be_used(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two windows of 24 at a time, so that five windows are two full batches and a smaller one."""
-    monkeypatch.setattr(calibrate, "TOKENS_PER_BATCH", 48)
+    monkeypatch.setattr(stream_module, "TOKENS_PER_BATCH", 48)
 
 
 def tokens(count: int = 5, seq_len: int = 24) -> Tensor:
@@ -303,7 +303,7 @@ def test_no_room_for_hidden_states(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(calibrate.os, "posix_fallocate", full)
+    monkeypatch.setattr(stream_module.os, "posix_fallocate", full)
     with pytest.raises(ElastiqError, match=r"no room for 0 MB of hidden states .*No space left.*; free some space"):
         stream_of(tiny_model("llama"), spill_dir=tmp_path, memory_limit=1000)
 

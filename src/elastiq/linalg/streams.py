@@ -17,7 +17,7 @@ from .columns import LANES, Nest
 
 LOW = 4
 """Widest level that refinement leaves alone."""
-ROW_CHUNK = 1024
+ROW_CHUNK = 256
 """Rows solved together: bounds the memory, changes no code."""
 
 
@@ -128,6 +128,7 @@ class _State:
         self.codes = torch.zeros(width, rows, dtype=torch.uint8, device=original.device)
         self.scale = torch.ones(groups, len(nest.levels), rows, device=original.device)
         self.zero = torch.zeros_like(self.scale)
+        self.gradient: Tensor | None = None
 
     @staticmethod
     def of_rows(
@@ -173,7 +174,7 @@ class _State:
                 scale, zero = torch.where(better, trial[0], scale), torch.where(better, trial[1], zero)
                 error, codes = torch.where(better, new_error, error), torch.where(better, new_codes, codes)
             self.codes[at], self.scale[g], self.zero[g] = codes, scale, zero
-            rest[at.stop :] -= _apply(upper[at, at.stop :].T, error)
+            _subtract(rest[at.stop :], upper[at, at.stop :].T, error)
 
     def descend(self) -> None:
         """One sweep: every group moves its scales, then its codes, against the gradient of the whole rows' error."""
@@ -183,13 +184,13 @@ class _State:
             for first in range(0, len(self.codes), size):
                 at = slice(first, min(first + size, len(self.codes)))
                 grid = self.scale, self.zero, self.group_of[at].contiguous()
-                gradient -= _apply(self.hessian[:, at], self._move_codes(at, gradient[at], *grid))
+                _subtract(gradient, self.hessian[:, at], self._move_codes(at, gradient[at], *grid))
             return
         for g, at in enumerate(self._groups()):
             step = self._move_group(g, at, gradient[at])
             local = gradient[at] - _apply(self.hessian[at, at], step)
             grid = self.scale[g : g + 1], self.zero[g : g + 1], torch.zeros_like(self.group_of[at])
-            gradient -= _apply(self.hessian[:, at], self._move_codes(at, local, *grid) + step)
+            _subtract(gradient, self.hessian[:, at], self._move_codes(at, local, *grid) + step)
 
     def refine(self) -> None:
         """Sweeps over the levels above `LOW` bits, whose bits below are free once the lower levels are settled."""
@@ -200,6 +201,7 @@ class _State:
         high = _State(self.original, self.hessian, nest, self.search, self.symmetric, self.group_of)
         high.codes = self.codes
         high.scale, high.zero = self.scale[:, kept:].contiguous(), self.zero[:, kept:].contiguous()
+        high.gradient = self._gradient()[:, kept:].contiguous()
         for _ in range(self.search.refines):
             high.descend()
         self.scale[:, kept:], self.zero[:, kept:] = high.scale, high.zero
@@ -208,12 +210,14 @@ class _State:
         """One sweep over the groups' scales with all codes fixed."""
         gradient = self._gradient()
         for g, at in enumerate(self._groups()):
-            gradient -= _apply(self.hessian[:, at], self._move_group(g, at, gradient[at]))
+            _subtract(gradient, self.hessian[:, at], self._move_group(g, at, gradient[at]))
 
     def _gradient(self) -> Tensor:
-        """(W - Q_r) H, [columns, levels, rows]."""
-        values = columns.values(self.nest, self.codes, self.scale, self.zero, self.group_of)
-        return _apply(self.hessian, self.original.unsqueeze(1) - values)
+        """(W - Q_r) H, [columns, levels, rows]: computed once, then kept up to date by the sweeps."""
+        if self.gradient is None:
+            values = columns.values(self.nest, self.codes, self.scale, self.zero, self.group_of)
+            self.gradient = _apply(self.hessian, self.original.unsqueeze(1) - values)
+        return self.gradient
 
     def _move_codes(self, at: slice, gradient: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor) -> Tensor:
         """One pass of descent over the codes of these columns; returns the step of their values."""
@@ -244,7 +248,7 @@ class _State:
         for first in range(0, len(weight), size):
             at = slice(first, first + size)
             code, error = columns.greedy(self.nest, weight[at], upper[at, at], scale, zero, group_of[at].contiguous())
-            weight[first + size :] -= _apply(upper[at, first + size :].T, error)
+            _subtract(weight[first + size :], upper[at, first + size :].T, error)
             codes.append(code)
             errors.append(error)
         return torch.cat(codes), torch.cat(errors)
@@ -296,6 +300,11 @@ class _State:
 def _apply(matrix: Tensor, x: Tensor) -> Tensor:
     """matrix [m, n] times x [n, levels, rows] -> [m, levels, rows]."""
     return (matrix @ x.flatten(1)).unflatten(1, x.shape[1:])
+
+
+def _subtract(target: Tensor, matrix: Tensor, x: Tensor) -> None:
+    """target [m, levels, rows] -= matrix [m, n] times x [n, levels, rows], in place."""
+    target.flatten(1).addmm_(matrix, x.flatten(1), alpha=-1)
 
 
 def _pad_rows(x: Tensor) -> Tensor:

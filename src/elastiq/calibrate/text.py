@@ -1,0 +1,110 @@
+"""Windows of token ids from whatever a user calibrates on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..core import ElastiqError
+from ..embedded import calibration_text
+
+Calibration = str | Path | Sequence[str | Path | dict[str, Any]] | Tensor | None
+TEXT_FILES = (".txt", ".md")
+
+
+def calibration_ids(
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase | None, num_samples: int, seq_len: int
+) -> Tensor:
+    """At most `num_samples` windows of token ids, int64 [n, seq_len].
+
+    calibration: a .txt, .md or .jsonl file; a list whose members are texts (str), files (Path) or records (dict); a
+    tensor of ids; None for the text that travels with the package. A record is {"text": ...} or {"messages": [...]},
+    the latter rendered with the tokenizer's chat template. Everything is joined by blank lines into one text and cut
+    into consecutive windows that do not overlap, from its start, without special tokens. Ids of one dimension are cut
+    the same way, rows of a matrix are windows already (cut to seq_len where they are longer). Raises ElastiqError for
+    what cannot be read and for less than one window.
+    """
+    if isinstance(calibration, Tensor):
+        return _windows_of_ids(calibration, num_samples, seq_len)
+    if tokenizer is None:
+        raise ElastiqError("calibration: text needs a tokenizer; give a tensor of token ids instead")
+    ids = _tokenize(_text(calibration, tokenizer), tokenizer, num_samples * seq_len)
+    return _windows_of_ids(torch.tensor(ids, dtype=torch.long), num_samples, seq_len)
+
+
+def _windows_of_ids(ids: Tensor, num_samples: int, seq_len: int) -> Tensor:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
+        raise ElastiqError("calibration: token ids must be whole numbers in one or two dimensions")
+    if not ids.numel() or (ids.dim() == 1 and ids.numel() < seq_len):
+        raise ElastiqError(
+            f"calibration: {ids.shape[-1]} tokens are less than one window of {seq_len}; "
+            "give a longer text or a smaller seq_len"
+        )
+    if ids.dim() == 1:
+        ids = ids[: ids.numel() // seq_len * seq_len].view(-1, seq_len)
+    return ids[:num_samples, :seq_len].to("cpu", torch.long).contiguous()
+
+
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
+    """Ids of the first `wanted` tokens or more, of all tokens if there are fewer; no more text is read than needed."""
+    length = 8 * wanted
+    while True:
+        ids = tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"]
+        if length >= len(text) or len(ids) > wanted + 16:  # the cut may spoil the last tokens
+            return ids
+        length *= 2
+
+
+def _text(calibration: str | Path | Sequence[str | Path | dict[str, Any]] | None, tokenizer: Any) -> str:
+    if calibration is None:
+        return calibration_text()
+    if isinstance(calibration, str | Path):
+        return _read_file(Path(calibration), tokenizer)
+    return "\n\n".join(_member(member, index, tokenizer) for index, member in enumerate(calibration))
+
+
+def _member(member: str | Path | dict[str, Any], index: int, tokenizer: Any) -> str:
+    if isinstance(member, Path):
+        return _read_file(member, tokenizer)
+    return member if isinstance(member, str) else _render(member, f"calibration record {index}", tokenizer)
+
+
+def _read_file(file: Path, tokenizer: Any) -> str:
+    if file.suffix not in (*TEXT_FILES, ".jsonl"):
+        raise ElastiqError(f"{file}: calibration reads .txt, .md and .jsonl files, not {file.suffix or 'this kind'!r}")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ElastiqError(f"the calibration file {file} cannot be read: {error}") from error
+    if file.suffix != ".jsonl":
+        return text
+    lines = ((number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+    return "\n\n".join(
+        _render(_parse(line, file, number), f"{file}, line {number}", tokenizer) for number, line in lines
+    )
+
+
+def _parse(line: str, file: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ElastiqError(f"{file}, line {number}, is not valid JSON: {error}") from error
+
+
+def _render(record: Any, where: str, tokenizer: Any) -> str:
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return record["text"]
+    if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
+        raise ElastiqError(f'{where}: a record is {{"text": "..."}} or {{"messages": [...]}}')
+    if not tokenizer.chat_template:
+        raise ElastiqError(f"{where}: the model has no chat template to render messages with; give plain text")
+    try:
+        return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+    except Exception as error:  # templates are programs of their own and raise what they like
+        raise ElastiqError(f"{where}: the chat template cannot render these messages: {error}") from error
