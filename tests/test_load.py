@@ -228,13 +228,6 @@ def test_generation_settings_and_tokenizer_travel(checkpoint: Callable[..., Any]
     assert AutoConfig.from_pretrained(path).quantization_config["quant_method"] == "elastiq"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_readers_that_do_not_know_the_format_stop(checkpoint: Callable[..., Any], family: str) -> None:
-    """transformers by itself raises instead of running on packed planes."""
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        AutoModelForCausalLM.from_pretrained(checkpoint(family)[0])
-
-
 def test_files_that_do_not_belong_together(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
     def broken(change: Callable[[dict[str, Any]], None]) -> Path:
         path = shutil.copytree(checkpoint("llama")[0], tmp_path / "out", dirs_exist_ok=True)

@@ -11,8 +11,9 @@ from importlib.metadata import version
 
 from . import recipes
 from .core import ElastiqError, Recipe
+from .huggingface import ElastiqConfig
 from .load import load, set_bits
 from .quantize import plan, quantize
 
 __version__ = version("elastiq")
-__all__ = ["ElastiqError", "Recipe", "__version__", "load", "plan", "quantize", "recipes", "set_bits"]
+__all__ = ["ElastiqConfig", "ElastiqError", "Recipe", "__version__", "load", "plan", "quantize", "recipes", "set_bits"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import cast
 
@@ -50,7 +50,7 @@ def load(
     reader = CheckpointReader(path, verify=verify)
     config = _config(reader)
     model = _skeleton(reader, config, dtype or _dtype(config, torch.device(device)))
-    _untie_stored(model, reader)
+    untie_stored(model, reader.base_specs.keys() | {f"{name}.weight" for name in reader.manifest.matrices})
     for matrix in reader.manifest.matrices.values():
         swap(model, matrix)
     matrices = nested_matrices(model)
@@ -64,20 +64,28 @@ def load(
     _assign_base(model, reader)
     if (reader.path / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(reader.path)
-    setattr(model, _READER, reader)
+    attach(model, reader)
     return cast(PreTrainedModel, nn.Module.to(model, torch.device(device)))
+
+
+def attach(model: PreTrainedModel, reader: CheckpointReader) -> None:
+    """Let `set_bits` read further planes of `model` from the checkpoint."""
+    setattr(model, _READER, reader)
 
 
 def set_bits(model: PreTrainedModel, bits: Widths) -> None:
     """Read a loaded model at other widths: one for all matrices, or {matrix name: width} for some.
 
     At once within the planes held; missing planes are read from the checkpoint, which is logged. Nothing changes if
-    a name or a width is refused. Raises ElastiqError for these, and for a model that `load` did not make.
+    a name or a width is refused. Raises ElastiqError for these, and for a model without nested planes.
     """
-    reader = getattr(model, _READER, None)
-    if not isinstance(reader, CheckpointReader):
-        raise ElastiqError("set_bits: this model has no nested planes; load it with elastiq.load")
     matrices = nested_matrices(model)
+    if not matrices:
+        raise ElastiqError("set_bits: this model has no nested planes; load it with elastiq.load")
+    reader = getattr(model, _READER, None)
+    if reader is None:
+        _set_held(matrices, bits)
+        return
     widths = _widths(reader, matrices, bits)
     missing = {name: width for name, width in widths.items() if width > matrices[name].max_bits}
     if missing:
@@ -89,6 +97,21 @@ def set_bits(model: PreTrainedModel, bits: Widths) -> None:
         )  # fmt: skip
     for name, width in widths.items():
         matrices[name].bits = width
+
+
+def _set_held(matrices: Mapping[str, NestedMatrix], bits: Widths) -> None:
+    """Set widths of a model that has no directory behind it (`save_pretrained` wrote it), all or none."""
+    widths = dict(bits) if isinstance(bits, Mapping) else dict.fromkeys(matrices, bits)
+    before = {name: matrix.bits for name, matrix in matrices.items()}
+    try:
+        for name, width in widths.items():
+            if name not in matrices:
+                raise ElastiqError(f"{name}: no quantized matrix of this model has this name")
+            matrices[name].bits = width
+    except ElastiqError:
+        for name, width in before.items():
+            matrices[name].bits = width
+        raise
 
 
 def _widths(reader: CheckpointReader, matrices: Mapping[str, NestedMatrix], bits: Widths) -> dict[str, int]:
@@ -147,9 +170,8 @@ def _skeleton(reader: CheckpointReader, config: PretrainedConfig, dtype: torch.d
     return model
 
 
-def _untie_stored(model: PreTrainedModel, reader: CheckpointReader) -> None:
-    """Parameters that config.json ties but the checkpoint stores apart become parameters of their own."""
-    stored = reader.base_specs.keys() | {f"{name}.weight" for name in reader.manifest.matrices}
+def untie_stored(model: PreTrainedModel, stored: Set[str]) -> None:
+    """Parameters that config.json ties but the checkpoint stores apart (both in `stored`) become their own."""
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
