@@ -55,7 +55,7 @@ def test_version() -> None:
 
 
 def test_every_command_has_help() -> None:
-    for command in ("quantize", "evaluate", "generate", "report", "inspect", "slice"):
+    for command in ("quantize", "evaluate", "generate", "allocate", "frontier", "report", "inspect", "slice"):
         assert command in ok("--help").stdout
         assert "--help" in ok(command, "--help").stdout
 
@@ -245,3 +245,35 @@ def test_on_a_terminal_there_are_tables_and_bars(
     assert "left" in result.stdout
     assert "next: elastiq report" in result.stdout
     assert "─" in result.stdout
+
+
+def test_allocate_prints_every_unit(made: tuple[Path, Result], text_file: Path, tmp_path: Path) -> None:
+    output, _ = made
+    result = ok("allocate", output, "--bits", 3.37, "-o", tmp_path / "map.json", "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["mean_bits"] <= 3.37 and found["bits_per_weight"] == pytest.approx(found["mean_bits"] + 1)
+    assert re.search(r"mean width 3\.\d+ bits, 4\.\d+ bits per weight, [\d.]+ [kM]B in memory", result.stdout)
+    assert "integer-programme on output-error: predicted loss" in result.stdout
+    assert json.loads((tmp_path / "map.json").read_text())["widths"] == found["widths"]
+    mixed = ["--bits", "2,3.37", "--map", tmp_path / "map.json"]
+    rows = ok("evaluate", output, "--text", text_file, "--window", 32, *mixed).stdout.splitlines()
+    assert [line.split()[0] for line in rows[1:4]] == ["2", str(round(found["mean_bits"], 4)), "3.37"]
+    assert ok("generate", output, "lazy", "--map", tmp_path / "map.json", "--max-new-tokens", 2).stdout
+    assert ok("generate", output, "lazy", "--bits", 2.5, "--max-new-tokens", 2).stdout
+    assert ok("generate", output, "lazy", "--memory", "1MB", "--max-new-tokens", 2).stdout
+
+
+def test_budgets_that_cannot_be_met_are_one_line(made: tuple[Path, Result]) -> None:
+    result = run("allocate", made[0], "--size", "1kB")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"elastiq: error: budget: 1000 bytes is less than the smallest map.*\n", result.stderr)
+    assert "give a limit" in run("allocate", made[0]).stderr
+    assert run("generate", made[0], "x", "--bits", 2, "--memory", "1MB").exit_code == 2
+
+
+def test_frontier(made: tuple[Path, Result], tmp_path: Path) -> None:
+    result = ok("frontier", made[0], "--json", tmp_path / "curve.json", "--picture", tmp_path / "curve.png")
+    curve = json.loads((tmp_path / "curve.json").read_text())
+    assert [step["stop"] for step in curve["steps"]] == [4] * len(curve["steps"])
+    assert f"{len(curve['steps'])} steps from 3.00 bits per weight" in result.stdout
+    assert (tmp_path / "curve.png").stat().st_size > 1000

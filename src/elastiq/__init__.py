@@ -10,10 +10,25 @@
 from importlib.metadata import version
 
 from . import recipes
-from .core import ElastiqError, Recipe
+from .allocate import Budget, allocate, frontier
+from .core import ElastiqError, LevelMap, Recipe
 from .huggingface import ElastiqConfig
 from .load import load, set_bits
 from .quantize import plan, quantize
 
 __version__ = version("elastiq")
-__all__ = ["ElastiqConfig", "ElastiqError", "Recipe", "__version__", "load", "plan", "quantize", "recipes", "set_bits"]
+__all__ = [
+    "Budget",
+    "ElastiqConfig",
+    "ElastiqError",
+    "LevelMap",
+    "Recipe",
+    "__version__",
+    "allocate",
+    "frontier",
+    "load",
+    "plan",
+    "quantize",
+    "recipes",
+    "set_bits",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,8 +28,9 @@ from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
 from . import __version__, recipes
+from .allocate import Budget, allocate, frontier, parse_bytes, read_map, write_map
 from .checkpoint import CheckpointReader, slice_checkpoint
-from .core import MAX_BITS, ElastiqError
+from .core import MAX_BITS, ElastiqError, LevelMap
 from .evaluate import (
     evaluate,
     inspect_checkpoint,
@@ -39,14 +41,16 @@ from .evaluate import (
 )
 from .load import load
 from .quantize import plan, quantize
-from .report import write_report
+from .report import save_frontier, write_report
 from .report.terminal import (
     comma,
     out,
     printable,
+    show_allocation,
     show_checkpoint,
     show_estimate,
     show_evaluation,
+    show_frontier,
     show_inspection,
     show_plan,
     show_summary,
@@ -112,6 +116,16 @@ Model = Annotated[str, typer.Argument(help="Model directory, or a hub name.", sh
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)]
 Device = Annotated[str, typer.Option(help="Any device torch has: cpu, cuda, mps, ...")]
+Size = Annotated[
+    str | None, typer.Option(help="What the model may take in memory, such as 1.2GB.", show_default=False)
+]
+Map = Annotated[Path | None, typer.Option("--map", help="Level map that allocate wrote.", show_default=False)]
+SensitivityName = Annotated[
+    str | None, typer.Option("--sensitivity", help="Stored losses to use. (default: the best)", show_default=False)
+]
+Untie = Annotated[
+    bool, typer.Option("--untie", help="Let q, k and v, gate and up, and the experts of a layer differ.")
+]
 Text_ = Annotated[Path, typer.Option("--text", help="Text file to measure on.", show_default=False)]
 
 
@@ -204,8 +218,11 @@ def evaluate_command(
     checkpoint: Checkpoint,
     text: Text_,
     bits: Annotated[
-        str | None, typer.Option(help="Widths, such as 2,3,4. (default: every level)", show_default=False)
+        str | None,
+        typer.Option(help="Widths; fractions are allocated: 2,3.37,4. (default: every level)", show_default=False),
     ] = None,
+    memory: Size = None,
+    level_map: Map = None,
     against: Annotated[
         str | None, typer.Option(help="The 16-bit model, for KL divergence and agreement.", show_default=False)
     ] = None,
@@ -219,11 +236,13 @@ def evaluate_command(
     json: Json = None,
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement of CHECKPOINT at every width."""
-    widths = None if bits is None else _widths("--bits", bits)
+    wanted: list[float | LevelMap] = [] if bits is None else [*_mean_widths("--bits", bits)]
+    wanted += [] if level_map is None else [read_map(level_map)]
+    wanted += [] if memory is None else [allocate(checkpoint, Budget(size=parse_bytes(memory))).level_map]
     with Bars() as progress:
         result = evaluate(
             checkpoint,
-            widths,
+            wanted or None,
             text,
             against=against,
             revision=revision,
@@ -244,8 +263,11 @@ def generate_command(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Argument(help="What to answer or to continue.", show_default=False)],
     bits: Annotated[
-        int | None, typer.Option(help="Width. (default: the largest)", min=1, max=MAX_BITS, show_default=False)
+        float | None,
+        typer.Option(help="Width, or mean width. (default: the largest)", min=1, max=MAX_BITS, show_default=False),
     ] = None,
+    memory: Size = None,
+    level_map: Map = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
     ] = False,
@@ -261,7 +283,16 @@ def generate_command(
     """Answer PROMPT at one width, printing as the tokens come."""
     tokenizer = load_tokenizer(checkpoint)
     tokens = _prompt_tokens(tokenizer, prompt, raw)
-    model: Any = load(checkpoint, bits, device=_device(device), dtype=None if dtype is None else _DTYPES[dtype.value])
+    if sum(given is not None for given in (bits, memory, level_map)) > 1:
+        raise typer.BadParameter("give one of --bits, --memory and --map")
+    widths = int(bits) if bits is not None and bits == int(bits) else bits
+    model: Any = load(
+        checkpoint,
+        widths if level_map is None else level_map,
+        memory=memory,
+        device=_device(device),
+        dtype=None if dtype is None else _DTYPES[dtype.value],
+    )
     context = getattr(model.config, "max_position_embeddings", None) or tokens.shape[1] + max_new_tokens
     if tokens.shape[1] >= context:
         raise ElastiqError(
@@ -286,6 +317,55 @@ def generate_command(
     if out.is_terminal:
         count = answer.shape[1] - tokens.shape[1]
         out.print(f"{count} tokens, {count / (time.perf_counter() - begin):.1f} per second", style="dim")
+
+
+@app.command("allocate")
+def allocate_command(
+    checkpoint: Checkpoint,
+    bits: Annotated[
+        float | None, typer.Option(help="Mean code width over the quantized matrices.", show_default=False)
+    ] = None,
+    bits_per_weight: Annotated[
+        float | None, typer.Option(help="The same counted, scales and zero points included.", show_default=False)
+    ] = None,
+    size: Size = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File for the map.", show_default=False)] = None,
+    sensitivity: SensitivityName = None,
+    allocator: Annotated[
+        str | None, typer.Option(help="How the map is found. (default: integer-programme)", show_default=False)
+    ] = None,
+    untie: Untie = False,
+    json: Json = None,
+) -> None:
+    """The best level map within a budget; several limits hold together. Reads no weight."""
+    budget = Budget(
+        bits=bits, bits_per_weight=bits_per_weight, size=None if size is None else parse_bytes(size)
+    )
+    found = allocate(checkpoint, budget, sensitivity=sensitivity, allocator=allocator, untie=untie)
+    if output is not None:
+        write_map(output, found.level_map)
+    _write(json, found.to_dict())
+    show_allocation(found)
+    if out.is_terminal:
+        out.print(f"\nnext: elastiq evaluate {checkpoint} --map {output or 'MAP.json'} --text FILE.txt", style="dim")
+
+
+@app.command("frontier")
+def frontier_command(
+    checkpoint: Checkpoint,
+    sensitivity: SensitivityName = None,
+    untie: Untie = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the curve into this file (.png, .svg).", show_default=False)
+    ] = None,
+    json: Json = None,
+) -> None:
+    """The whole curve of damage against bits, uniform widths marked; --json has every step in any-time order."""
+    curve = frontier(checkpoint, sensitivity=sensitivity, untie=untie)
+    _write(json, asdict(curve))
+    if picture is not None:
+        save_frontier(curve, picture)
+    show_frontier(curve)
 
 
 @app.command("report")
@@ -400,6 +480,17 @@ def _widths(option: str, text: str) -> tuple[int, ...]:
         wrong = next(w for w in widths if not 1 <= w <= MAX_BITS)
         raise typer.BadParameter(f"{wrong} is not a width from 1 to {MAX_BITS}", param_hint=option)
     return tuple(widths)
+
+
+def _mean_widths(option: str, text: str) -> list[float]:
+    """`2,3.37,4` as ascending numbers, whole ones as int."""
+    try:
+        widths = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 2,3.37,4", param_hint=option) from None
+    if wrong := [width for width in widths if not 1 <= width <= MAX_BITS]:
+        raise typer.BadParameter(f"{wrong[0]:g} is not a width from 1 to {MAX_BITS}", param_hint=option)
+    return [int(width) if width == int(width) else width for width in widths]
 
 
 def _device(name: str) -> str:

@@ -15,15 +15,17 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from .allocate import Budget, Table, allocate, parse_bytes, read_map
 from .checkpoint import CheckpointReader
-from .core import ElastiqError
+from .core import ElastiqError, LevelMap
 from .runtime import NestedMatrix, bits_per_weight, bytes_in_memory, nested_matrices, swap
 
 __all__ = ["bits_per_weight", "bytes_in_memory", "load", "set_bits"]
 
 log = logging.getLogger("elastiq")
 
-Widths = int | Mapping[str, int]
+Widths = int | float | str | Path | Mapping[str, int] | LevelMap
+"""One width, a mean width (a fraction), the file of a level map, or a width by matrix name."""
 
 _READER = "elastiq"
 """Attribute of a loaded model that holds its CheckpointReader."""
@@ -34,14 +36,17 @@ def load(
     bits: Widths | None = None,
     max_bits: int | None = None,
     *,
+    memory: str | int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     verify: bool = True,
 ) -> PreTrainedModel:
     """The model of the checkpoint `path`, read at `bits`; forward() and generate() work as ever.
 
-    bits: one width, or {matrix name: width} with the rest at the widest; None is the widest the directory gives.
-    max_bits: planes to hold, for `set_bits` without reading again; None holds what `bits` needs. dtype: of what is not
+    bits: one width; a mean width such as 3.37, which `allocate` turns into a level map; a level map or its file; or
+    {matrix name: width} with the rest at the widest. None is the widest the directory gives. memory: instead of
+    `bits`, what the model may take in all, in bytes or as "1.2GB"; the best map within it is taken.
+    max_bits: planes to hold, for `set_bits` without reading again; None holds what is read. dtype: of what is not
     quantized and of the computation; None is float32 on a CPU (whose float16 is slow), else the dtype of config.json.
     verify: compare every file that is read with its checksum first.
 
@@ -54,7 +59,10 @@ def load(
     for matrix in reader.manifest.matrices.values():
         swap(model, matrix)
     matrices = nested_matrices(model)
-    widths = _widths(reader, matrices, bits if bits is not None else reader.available[-1])
+    if memory is not None:
+        widths = _within_memory(reader, model, memory, bits, max_bits)
+    else:
+        widths = _widths(reader, matrices, bits if bits is not None else reader.available[-1])
     widths = dict.fromkeys(matrices, reader.available[-1]) | widths
     if max_bits is not None:
         reader.require(max_bits)
@@ -74,7 +82,7 @@ def attach(model: PreTrainedModel, reader: CheckpointReader) -> None:
 
 
 def set_bits(model: PreTrainedModel, bits: Widths) -> None:
-    """Read a loaded model at other widths: one for all matrices, or {matrix name: width} for some.
+    """Read a loaded model at other widths, given as for `load`; {matrix name: width} may name some of them.
 
     At once within the planes held; missing planes are read from the checkpoint, which is logged. Nothing changes if
     a name or a width is refused. Raises ElastiqError for these, and for a model without nested planes.
@@ -101,7 +109,9 @@ def set_bits(model: PreTrainedModel, bits: Widths) -> None:
 
 def _set_held(matrices: Mapping[str, NestedMatrix], bits: Widths) -> None:
     """Set widths of a model that has no directory behind it (`save_pretrained` wrote it), all or none."""
-    widths = dict(bits) if isinstance(bits, Mapping) else dict.fromkeys(matrices, bits)
+    if isinstance(bits, float):
+        raise ElastiqError("set_bits: a mean width needs the checkpoint's level table; give a level map")
+    widths = dict.fromkeys(matrices, bits) if isinstance(bits, int) else _given(bits)
     before = {name: matrix.bits for name, matrix in matrices.items()}
     try:
         for name, width in widths.items():
@@ -114,13 +124,38 @@ def _set_held(matrices: Mapping[str, NestedMatrix], bits: Widths) -> None:
         raise
 
 
+def _within_memory(
+    reader: CheckpointReader, model: nn.Module, memory: str | int, bits: Widths | None, max_bits: int | None
+) -> dict[str, int]:
+    """Widths of the best map that fits, everything counted as this model holds it. Its planes are not read yet."""
+    if bits is not None or max_bits is not None:
+        raise ElastiqError("memory decides the widths and the planes held; give no bits or max_bits beside it")
+    rest = sum({id(array): array.nbytes for array in (*model.parameters(), *model.buffers())}.values())
+    found = allocate(reader, Budget(size=parse_bytes(memory)), table=Table.of(reader, base=rest))
+    return dict(found.level_map.widths)
+
+
 def _widths(reader: CheckpointReader, matrices: Mapping[str, NestedMatrix], bits: Widths) -> dict[str, int]:
-    widths = dict(bits) if isinstance(bits, Mapping) else dict.fromkeys(matrices, bits)
+    widths = map_widths(reader, bits) if not isinstance(bits, int) else dict.fromkeys(matrices, bits)
     for name, width in widths.items():
         if name not in matrices:
             raise reader.unknown(name)
         reader.require(width)
     return widths
+
+
+def map_widths(reader: CheckpointReader, bits: float | str | Path | Mapping[str, int] | LevelMap) -> dict[str, int]:
+    """{matrix name: width} of anything but a uniform width."""
+    if isinstance(bits, float):
+        return dict(allocate(reader, Budget(bits=bits)).level_map.widths)
+    return _given(bits)
+
+
+def _given(bits: str | Path | Mapping[str, int] | LevelMap) -> dict[str, int]:
+    """{matrix name: width} of a level map, its file, or the widths themselves."""
+    if isinstance(bits, Mapping):
+        return dict(bits)
+    return dict(bits.widths if isinstance(bits, LevelMap) else read_map(bits).widths)
 
 
 def _hold(reader: CheckpointReader, matrices: Mapping[str, NestedMatrix], planes: Mapping[str, int]) -> int:

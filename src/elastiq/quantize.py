@@ -171,7 +171,8 @@ class _Run:
         if unit not in self.writer.finished():
             weights = self.stream.weights(block)
             statistics = self.stream.collect(block)
-            self._write(unit, self.stream.layout.at(block), weights, statistics)
+            energy = self.stream.output_energy(block)
+            self._write(unit, self.stream.layout.at(block), weights, statistics, energy)
         replaced = None
         if self.recipe.inputs == "quantized":
             top = self.recipe.levels[-1]
@@ -189,23 +190,34 @@ class _Run:
         self._write("embeddings", sites, self.stream.weights(-1), statistics)
 
     def _write(
-        self, unit: str, sites: Sequence[Site], weights: Mapping[str, Tensor], statistics: Mapping[str, Stats]
+        self,
+        unit: str,
+        sites: Sequence[Site],
+        weights: Mapping[str, Tensor],
+        statistics: Mapping[str, Stats],
+        block_energy: float | None = None,
     ) -> None:
         solved: dict[Site, QuantizedWeight] = {}
         rows = []
         for index, site in enumerate(sites):
             self.report(f"solving {unit}", index, len(sites))
-            solved[site], row = quantize_matrix(site, weights[site.name], statistics[site.name], self.recipe)
+            solved[site], row = quantize_matrix(
+                site, weights[site.name], statistics[site.name], self.recipe, block_energy
+            )
             rows.append(row)
         self.report(f"solving {unit}", len(sites), len(sites))
         self.writer.write_unit(unit, solved, rows)
 
 
-def quantize_matrix(site: Site, weight: Tensor, stats: Stats, recipe: Recipe) -> tuple[QuantizedWeight, dict[str, Any]]:
+def quantize_matrix(
+    site: Site, weight: Tensor, stats: Stats, recipe: Recipe, block_energy: float | None = None
+) -> tuple[QuantizedWeight, dict[str, Any]]:
     """The quantized `weight` [out, in] and its row of the level table.
 
     A matrix that too few tokens reached is rounded to nearest, with a warning. Errors are tr((W - Q) H (W - Q)ᵀ) /
-    tr(W H Wᵀ) with the Hessian where it was collected, otherwise with its diagonal.
+    tr(W H Wᵀ) with the Hessian where it was collected, otherwise with its diagonal. The row's energy is what an error
+    of 1 would move, to first order, at the output of the block, per token and as a part of `block_energy`, the squared
+    norm of that output: error times energy adds over matrices. It is null where nothing is known.
     """
     solver = recipe.solver
     too_few = stats.count < TOKENS_PER_CHANNEL * site.shape[1] or not stats.total
@@ -240,6 +252,9 @@ def quantize_matrix(site: Site, weight: Tensor, stats: Stats, recipe: Recipe) ->
         "dropped": stats.dropped,
         "abs_max": None if stats.abs_max is None or not stats.count else round(float(stats.abs_max.max()), 6),
         "fallback": fallback,
+        "energy": energy * stats.total / (stats.count * site.shape[0] * block_energy)
+        if block_energy and stats.count
+        else None,
         "levels": levels,
     }
     return quantized, row

@@ -123,6 +123,14 @@ class BlockStream:
             self._forward(products)
         return {site.name: stats[owner[site.name]] for site in sites}
 
+    def output_energy(self, block: int) -> float:
+        """Median over the tokens of the squared norm of the block's output, after `collect`: few tokens have norms
+        many times the usual one, and a mean would speak of them alone."""
+        self._check_order(block)
+        if not self._done or self._outputs is None:
+            raise ValueError("output_energy is known after collect")
+        return float(self._outputs.flatten(2).square().sum(dim=-1).median())
+
     @torch.no_grad()
     def advance(self, block: int, replaced: Mapping[str, Tensor] | None = None) -> None:
         """Make the outputs of the block the next inputs, and free the block.

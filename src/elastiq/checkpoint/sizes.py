@@ -3,32 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..runtime.stored import StoredMatrix
 from .names import BASE, MADE_LATER, plane_file
 from .reader import CheckpointReader
 
 
 def level_sizes(reader: CheckpointReader, widths: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """For each width: bits_per_weight, bytes_in_memory, bytes_on_disk.
+    """`map_sizes` of uniform maps by width."""
+    return {bits: map_sizes(reader, dict.fromkeys(reader.manifest.matrices, bits)) for bits in widths}
 
-    bits_per_weight: over the quantized matrices, planes with the scales and zero points of the active level.
-    bytes_in_memory: what a model loaded at that width holds, embeddings included, in the precision it is stored in.
-    bytes_on_disk: files of the directory less the planes that are not read.
-    """
+
+def map_sizes(reader: CheckpointReader, widths: Mapping[str, int]) -> dict[str, Any]:
+    """What a checkpoint takes whose matrices are read at `widths`: mean_bits, bits_per_weight, bytes_in_memory,
+    bytes_on_disk (the directory's files less the planes that no matrix reads)."""
     files = checkpoint_files(reader)
-    matrices = reader.manifest.matrices.values()
-    weights = sum(matrix.num_weights for matrix in matrices)
+    unread = range(max(widths.values()) + 1, reader.planes + 1)
     return {
-        bits: {
-            "bits_per_weight": sum(matrix.num_bits(bits) for matrix in matrices) / weights,
-            "bytes_in_memory": base_bytes(reader) + _held(reader, bits),
-            "bytes_on_disk": sum(files.values())
-            - sum(files[plane_file(p)] for p in range(bits + 1, reader.planes + 1)),
-        }
-        for bits in widths
+        "mean_bits": map_mean_bits(reader, widths),
+        "bits_per_weight": map_bits_per_weight(reader, widths),
+        "bytes_in_memory": map_bytes(reader, widths),
+        "bytes_on_disk": sum(files.values()) - sum(files[plane_file(plane)] for plane in unread),
     }
+
+
+def map_mean_bits(reader: CheckpointReader, widths: Mapping[str, int]) -> float:
+    """Mean code width over the quantized weights."""
+    matrices = reader.manifest.matrices
+    return sum(m.num_weights * widths[name] for name, m in matrices.items()) / _weights(reader)
+
+
+def map_bits_per_weight(reader: CheckpointReader, widths: Mapping[str, int]) -> float:
+    """Stored bits that are read per quantized weight: planes, and scales and zero points of the active level."""
+    matrices = reader.manifest.matrices
+    return sum(m.num_bits(widths[name]) for name, m in matrices.items()) / _weights(reader)
+
+
+def map_bytes(reader: CheckpointReader, widths: Mapping[str, int]) -> int:
+    """Bytes a model loaded at `widths` holds, in the precision it is stored in: planes with the scales that travel
+    with them, embeddings, norms and everything else in 16 bits."""
+    return base_bytes(reader) + sum(held_bytes(m, widths[name]) for name, m in reader.manifest.matrices.items())
+
+
+def held_bytes(matrix: StoredMatrix, bits: int) -> int:
+    """Bytes of the first `bits` planes of a matrix with their scales."""
+    specs = (spec for plane in range(1, bits + 1) for spec in matrix.arrays(plane).values())
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs)
+
+
+def _weights(reader: CheckpointReader) -> int:
+    return sum(matrix.num_weights for matrix in reader.manifest.matrices.values())
 
 
 def checkpoint_files(reader: CheckpointReader) -> dict[str, int]:
@@ -58,12 +84,3 @@ def megabytes(count: int) -> str:
         else f"{count / 1e3:.1f} kB"
     )
 
-
-def _held(reader: CheckpointReader, bits: int) -> int:
-    arrays = (
-        spec
-        for matrix in reader.manifest.matrices.values()
-        for plane in range(1, bits + 1)
-        for spec in matrix.arrays(plane).values()
-    )
-    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in arrays)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..allocate import complete
 from ..checkpoint import CheckpointReader
-from ..checkpoint.sizes import full_bytes, level_sizes
-from ..core import ElastiqError
-from ..load import load, set_bits
+from ..checkpoint.sizes import full_bytes, map_mean_bits, map_sizes
+from ..core import ElastiqError, LevelMap
+from ..load import load, map_widths, set_bits
 from ..models import ModelSource
 from .record import keep
 from .scores import Scores
@@ -31,7 +32,7 @@ _MOST_WINDOWS = 8
 
 def evaluate(
     path: str | Path,
-    bits: Sequence[int] | None,
+    bits: Sequence[float | LevelMap] | None,
     text: str | Path,
     *,
     against: str | Path | None = None,
@@ -45,7 +46,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity, KL divergence to the model `against` and top-1 agreement of a checkpoint at each width in `bits`.
 
-    bits: widths, None for the levels that have scales of their own. text: path of a text file, read as one text without
+    bits: widths, mean widths such as 3.37 (for which a map is allocated) and level maps; None for the levels that have
+    scales of their own. text: path of a text file, read as one text without
     special tokens and cut into windows that do not overlap, `window` - 1 predictions each. against: the 16-bit model
     (directory, or hub name with `revision`); without it the KL fields are None. dtype: of the arithmetic, for both.
     save: merge the result into `evaluation.json` beside the checkpoint. progress(what, done, total).
@@ -54,14 +56,14 @@ def evaluate(
     Raises ElastiqError for a width the checkpoint cannot give, a text shorter than a window, models that do not match.
     """
     reader = CheckpointReader(path)
-    widths = _widths(reader, bits)
+    targets = _targets(reader, bits)
     content = read_text(text)
     ids = windows(content, load_tokenizer(path), window, num_windows, Path(text).name)
-    model = load(path, max(widths), device=device, dtype=dtype)
+    widest = max(width for widths in targets.values() for width in widths.values())
+    model = load(path, widest, device=device, dtype=dtype)
     _check_context(model, window)
     full = None if against is None else load_full(against, revision, device, dtype)
-    scores, full_scores = _measure(model, full, widths, ids.to(device), progress)
-    sizes = level_sizes(reader, widths)
+    scores, full_scores = _measure(model, full, targets, ids.to(device), progress)
     result = {
         "checkpoint": Path(path).resolve().name,
         "against": None if against is None else Path(against).name,
@@ -70,7 +72,7 @@ def evaluate(
             "perplexity": full_scores.perplexity if full is not None else None,
             "bytes_in_memory": full_bytes(reader),
         },
-        "levels": [{"bits": b, **sizes[b], **scores[b].to_dict()} for b in widths],
+        "levels": [{"bits": b, **map_sizes(reader, widths), **scores[b].to_dict()} for b, widths in targets.items()],
     }
     if save:
         _keep(path, result)
@@ -93,12 +95,12 @@ def load_full(model: str | Path, revision: str | None, device: str, dtype: torch
 def _measure(
     model: PreTrainedModel,
     full: PreTrainedModel | None,
-    widths: Sequence[int],
+    maps: Mapping[float, Mapping[str, int]],
     ids: Tensor,
     progress: Callable[[str, int, int], None] | None,
-) -> tuple[dict[int, Scores], Scores]:
+) -> tuple[dict[float, Scores], Scores]:
     """Scores per width and of the full model, whose logits live for one batch: windows outside, widths inside."""
-    scores = {b: Scores(f"{b} bits") for b in widths}
+    scores = {b: Scores(f"{b} bits") for b in maps}
     full_scores = Scores("the full model")
     batch = min(_MOST_WINDOWS, max(1, _LOGITS_BYTES // (4 * ids.shape[1] * model.config.vocab_size)))
     for first in range(0, len(ids), batch):
@@ -107,10 +109,10 @@ def _measure(
         reference = None if full is None else _logits(full, part)
         if reference is not None:
             full_scores.add(reference, targets)
-        for index, b in enumerate(widths):
+        for index, (b, widths) in enumerate(maps.items()):
             if progress:
-                progress("evaluating", first * len(widths) + index * len(part), len(ids) * len(widths))
-            set_bits(model, b)
+                progress("evaluating", first * len(maps) + index * len(part), len(ids) * len(maps))
+            set_bits(model, widths)
             logits = _logits(model, part)
             if reference is not None and logits.shape != reference.shape:
                 raise ElastiqError(
@@ -119,7 +121,7 @@ def _measure(
                 )
             scores[b].add(logits, targets, reference)
     if progress:
-        progress("evaluating", len(ids) * len(widths), len(ids) * len(widths))
+        progress("evaluating", len(ids) * len(maps), len(ids) * len(maps))
     return scores, full_scores
 
 
@@ -128,11 +130,17 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
 
 
-def _widths(reader: CheckpointReader, bits: Sequence[int] | None) -> list[int]:
-    widths = sorted(set(reader.levels if bits is None else bits))
-    for width in widths:
-        reader.require(width)
-    return widths
+def _targets(reader: CheckpointReader, bits: Sequence[float | LevelMap] | None) -> dict[float, dict[str, int]]:
+    """Widths of the matrices by what stands for them in the result: a width, or a mean width."""
+    targets: dict[float, dict[str, int]] = {}
+    for wanted in reader.levels if bits is None else bits:
+        if isinstance(wanted, int):
+            reader.require(wanted)
+            targets[wanted] = dict.fromkeys(reader.manifest.matrices, wanted)
+        else:
+            widths = complete(reader, map_widths(reader, wanted))
+            targets[round(map_mean_bits(reader, widths), 4) if isinstance(wanted, LevelMap) else wanted] = widths
+    return dict(sorted(targets.items()))
 
 
 def _check_context(model: PreTrainedModel, window: int) -> None:

@@ -1,6 +1,7 @@
-"""Plain functions on tensors."""
+"""Plain functions on tensors and arrays."""
 
 from .cholesky import inverse_factor
+from .hull import climb, hull_steps, lagrangian_bound, prices
 from .planes import pack_planes, unpack_planes
 
-__all__ = ["inverse_factor", "pack_planes", "unpack_planes"]
+__all__ = ["climb", "hull_steps", "inverse_factor", "lagrangian_bound", "pack_planes", "prices", "unpack_planes"]

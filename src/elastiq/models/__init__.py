@@ -1,7 +1,17 @@
 """Model directories: reading them, building the module tree without weights, finding what can be quantized."""
 
 from .discover import Layout, discover
+from .fused import fused_groups
 from .skeleton import build_skeleton, free_module, load_module, read_parameter
 from .source import ModelSource
 
-__all__ = ["Layout", "ModelSource", "build_skeleton", "discover", "free_module", "load_module", "read_parameter"]
+__all__ = [
+    "Layout",
+    "ModelSource",
+    "build_skeleton",
+    "discover",
+    "free_module",
+    "fused_groups",
+    "load_module",
+    "read_parameter",
+]

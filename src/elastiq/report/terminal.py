@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..allocate import Allocation, Frontier
 from ..evaluate import kind, mean_error, megabytes, short_kinds
 from ..quantize import Plan, Summary
 
@@ -205,6 +207,55 @@ def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def show_allocation(found: Allocation) -> None:
+    """The widths by kind of matrix and block, then what the whole map takes and loses."""
+    widths = found.level_map.widths
+    levels = sorted(set(widths.values()))
+    kinds: dict[str, list[int]] = {}
+    for name, width in widths.items():
+        kinds.setdefault(kind(name), []).append(width)
+    rows = [
+        [name, *(str(members.count(level) or "") for level in levels), f"{sum(members) / len(members):.2f}"]
+        for name, members in kinds.items()
+    ]
+    _table(["matrix", *(f"{level} bits" for level in levels), "mean"], rows, "matrices at each width")
+    out.print(
+        f"\nmean width {found.sizes['mean_bits']:.4f} bits, {found.sizes['bits_per_weight']:.4f} bits per weight, "
+        f"{megabytes(found.sizes['bytes_in_memory'])} in memory"
+    )
+    if "seconds_per_token" in found.sizes:
+        out.print(f"{1e3 * found.sizes['seconds_per_token']:.2f} ms per token, from times measured on this machine")
+    out.print(f"{found.allocator} on {found.sensitivity}: {_predicted(found.loss, found.kl)}, gap {found.gap:.3%}")
+    if found.uniform is not None:
+        flat = _predicted(found.uniform["loss"], found.uniform["kl"])
+        out.print(f"uniform {found.uniform['bits']} bits, the widest within the budget: {flat}")
+    for note in found.notes:
+        out.print(printable(note))
+
+
+def show_frontier(curve: Frontier) -> None:
+    """Uniform widths, each with what the best map of its size is predicted to lose."""
+    steps = list(curve.steps)
+    rows = []
+    for level, row in curve.uniform.items():
+        within = [step for step in steps if step.bits_per_weight <= row["bits_per_weight"] + 1e-12]
+        best = [_number(getattr(within[-1], key), ".3g") for key in ("loss", "kl")] if within else ["", ""]
+        flat = [_number(row[key], ".3g") for key in ("loss", "kl")]
+        sizes = [f"{row['bits_per_weight']:.2f}", megabytes(row["bytes_in_memory"])]
+        rows.append([str(level), *sizes, *flat, *best])
+    columns = ["uniform bits", "bits per weight", "memory", "loss", "KL", "loss of the best map", "its KL"]
+    _table(columns, rows, f"predicted by {curve.sensitivity}")
+    out.print(f"{len(curve.steps)} steps from {_step_size(curve.sizes)} to {_step_size(asdict(steps[-1]))}")
+
+
+def _step_size(sizes: Mapping[str, Any]) -> str:
+    return f"{sizes['bits_per_weight']:.2f} bits per weight ({megabytes(sizes['bytes_in_memory'])})"
+
+
+def _predicted(loss: float, kl: float | None) -> str:
+    return f"predicted loss {loss:.4g}" + ("" if kl is None else f", KL divergence {kl:.3g}")
 
 
 def show_evaluation(result: dict[str, Any]) -> None:

@@ -1,0 +1,5 @@
+"""What every matrix loses at every level."""
+
+from .output_error import OutputError
+
+__all__ = ["OutputError"]
