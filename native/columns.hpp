@@ -7,7 +7,6 @@
 
 namespace elastiq {
 
-constexpr int kLanes = 16;
 constexpr int kMaxLevels = 8;
 constexpr int kMaxBeam = 16;
 

@@ -3,28 +3,11 @@
 #include <cstring>
 
 #include "columns.hpp"
+#include "vectors.hpp"
 
 namespace elastiq {
 namespace {
 
-typedef float vf __attribute__((vector_size(4 * kLanes)));
-typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
-
-inline vf load(const float* p) {
-  vf v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-inline vf splat(float x) { return vf{} + x; }
-inline vi splat(int32_t x) { return vi{} + x; }
-inline vf minimum(vf a, vf b) { return a < b ? a : b; }
-inline vf maximum(vf a, vf b) { return a > b ? a : b; }
-inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
-inline vi to_int(vf x) { return __builtin_convertvector(x, vi); }
-
-// Nearest integer, ties to even, for |x| < 2^22.
-inline vf nearest(vf x) { return (x + 12582912.0f) - 12582912.0f; }
 inline vf nearest_code(vf x, int bits) { return nearest(minimum(maximum(x, splat(0.0f)), splat(float((1 << bits) - 1)))); }
 
 // float -> half -> float for finite values, round to nearest even, saturating; subnormals kept.

@@ -3,25 +3,32 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "columns.hpp"
+#include "matmul.hpp"
 
 namespace nb = nanobind;
 using namespace elastiq;
 
 namespace {
 
+// Each path includes those after it; `amx` and the two with VNNI concern products only.
 std::vector<std::string> paths() {
   std::vector<std::string> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    found.push_back("avx512");
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back("avx2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (vnni && __builtin_cpu_supports("gfni")) found.push_back("avx512_gfni");
+  if (vnni) found.push_back("avx512_vnni");
+  if (avx512) found.push_back("avx512");
+  if (avx2) found.push_back("avx2");
 #endif
   found.push_back("portable");
   return found;
@@ -29,10 +36,20 @@ std::vector<std::string> paths() {
 
 const Functions& functions(const std::string& path) {
 #if defined(__x86_64__)
-  if (path == "avx512") return avx512;
+  if (path.rfind("avx512", 0) == 0) return avx512;
   if (path == "avx2") return avx2;
 #endif
   if (path == "portable") return portable;
+  throw std::invalid_argument("unknown path " + path);
+}
+
+const MatmulFunctions& matmul_functions(const std::string& path) {
+#if defined(__x86_64__)
+  if (path == "avx512_gfni") return matmul_gfni;
+  if (path == "avx512_vnni") return matmul_vnni;
+  if (path == "avx512" || path == "avx2") return matmul_avx2;
+#endif
+  if (path == "portable") return matmul_portable;
   throw std::invalid_argument("unknown path " + path);
 }
 
@@ -56,9 +73,90 @@ Nest nest_of(const std::vector<int>& bits, const std::vector<float>& lambda, int
   return nest;
 }
 
+// (planes, scale, zero or 0, level of the scale, out_features, in_features, group_size), as Python describes a matrix.
+Weight weight_of(nb::handle description) {
+  const nb::tuple fields = nb::cast<nb::tuple>(description);
+  const nb::tuple planes = nb::cast<nb::tuple>(fields[0]);
+  Weight w{};
+  w.bits = int(planes.size());
+  if (w.bits < 1 || w.bits > kMaxBits) throw std::invalid_argument("between 1 and 8 planes are needed");
+  for (int p = 0; p < w.bits; ++p) {
+    const uintptr_t address = nb::cast<uintptr_t>(planes[p]);
+    if (address % kTileBytes) throw std::invalid_argument("planes must begin at a multiple of 64 bytes");
+    w.plane[p] = pointer<const uint8_t>(address);
+  }
+  w.scale = pointer<const uint16_t>(nb::cast<uintptr_t>(fields[1]));
+  w.zero = pointer<const uint16_t>(nb::cast<uintptr_t>(fields[2]));
+  const int level = nb::cast<int>(fields[3]);
+  w.out_features = nb::cast<int>(fields[4]);
+  w.in_features = nb::cast<int>(fields[5]);
+  w.group_size = nb::cast<int>(fields[6]);
+  if (level < 1 || level > kMaxBits || w.out_features < 1 || w.in_features < 1 || w.group_size < 1)
+    throw std::invalid_argument("a level from 1 to 8, features and a group size are needed");
+  w.factor = std::ldexp(1.0f, level - w.bits);
+  w.zero_factor = std::ldexp(1.0f, w.bits - level);
+  w.zero_shift = 0.5f * w.zero_factor - 0.5f;
+  w.middle = float((1 << level) - 1) * 0.5f * w.zero_factor + w.zero_shift;
+  w.blocks = (w.out_features + kTileRows - 1) / kTileRows;
+  w.tiles = (w.in_features + kTileInputs - 1) / kTileInputs;
+  w.groups = (w.in_features - 1) / w.group_size + 1;
+  return w;
+}
+
+// Memory for activations, kept by each thread that calls.
+template <typename T>
+T* scratch(std::vector<T>& memory, size_t size) {
+  if (memory.size() < size) memory.resize(size);
+  return memory.data();
+}
+
+void product(const std::string& path, const nb::list& matrices, uintptr_t x, int dtype, int tokens, int digits, int threads) {
+  std::vector<Weight> weights;
+  std::vector<Output> outputs;
+  for (nb::handle row : matrices) {
+    const nb::tuple matrix = nb::cast<nb::tuple>(row);
+    weights.push_back(weight_of(matrix[0]));
+    outputs.push_back({pointer<void>(nb::cast<uintptr_t>(matrix[1])), pointer<const void>(nb::cast<uintptr_t>(matrix[2]))});
+    const Weight &w = weights.back(), &first = weights[0];
+    if (w.groups > 1 && w.group_size % kTileInputs) throw std::invalid_argument("groups must be multiples of 32 inputs");
+    if (w.in_features != first.in_features || w.group_size != first.group_size)
+      throw std::invalid_argument("matrices of one product need the same inputs and groups");
+  }
+  if (weights.empty() || tokens < 0 || digits < 0 || digits > 2 || dtype < kFloat32 || dtype > kFloat16 || threads < 1)
+    throw std::invalid_argument("a product needs matrices, tokens, a mode, a type and threads");
+  if (tokens == 0) return;
+  thread_local std::vector<int8_t> bytes;
+  thread_local std::vector<float> floats, scale, sum;
+  const Weight& w = weights[0];
+  const size_t inputs = size_t(w.tiles) * kTileInputs;
+  const Activations activations{digits, scratch(bytes, digits * tokens * inputs), scratch(floats, digits ? 0 : tokens * inputs),
+                                scratch(scale, size_t(tokens) * w.groups * w.pieces()), scratch(sum, size_t(tokens) * w.groups)};
+  const MatmulFunctions& f = matmul_functions(path);
+  nb::gil_scoped_release release;
+  f.product(weights.data(), outputs.data(), int(weights.size()), {pointer<const void>(x), Dtype(dtype), tokens}, activations, threads);
+}
+
+void decode(const std::string& path, const nb::tuple& matrix, uintptr_t rows, int64_t count, uintptr_t values, int dtype, int threads) {
+  const Weight w = weight_of(matrix);
+  const int64_t* index = pointer<const int64_t>(rows);
+  if (dtype < kFloat32 || dtype > kFloat16 || threads < 1) throw std::invalid_argument("a type and threads are needed");
+  for (int64_t i = 0; index && i < count; ++i)
+    if (index[i] < 0 || index[i] >= w.out_features) throw std::out_of_range("row " + std::to_string(index[i]) + " is not in the matrix");
+  const MatmulFunctions& f = matmul_functions(path);
+  nb::gil_scoped_release release;
+  f.decode(w, index, count, pointer<void>(values), Dtype(dtype), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
+  m.def("product", &product);
+  m.def("decode", &decode);
+  m.def("tile", [](uintptr_t plane, int64_t rows, int64_t row_bytes, uintptr_t tiles, int threads) {
+    if (rows < 0 || row_bytes < 0 || threads < 1) throw std::invalid_argument("rows, bytes and threads are needed");
+    nb::gil_scoped_release release;
+    tile_plane(pointer<const uint8_t>(plane), rows, row_bytes, pointer<uint8_t>(tiles), threads);
+  });
   m.def("paths", &paths, "Instruction sets this processor runs, the best first.");
   m.def("greedy", [](const std::string& path, const std::vector<int>& bits, const std::vector<float>& lambda, int beam,
                      int keep, int columns, int groups, int rows, uintptr_t group_of, uintptr_t scale, uintptr_t zero, int threads,

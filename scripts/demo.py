@@ -73,9 +73,10 @@ def choose_model(wanted: str | None) -> tuple[str, str]:
 
 def quantize(model: str, checkpoint: Path) -> None:
     """With less of everything than the default, so that the demo ends within minutes."""
-    windows, passes, refines = {"avx512": (16, 1, 1), "torch": (8, 0, 0)}.get(native.current(), (8, 1, 0))
+    windows, passes, refines = {"avx512": (16, 1, 1), "torch": (8, 0, 0)}.get(native.columns_path(), (8, 1, 0))
     out.print(
-        f"\nTo be quick (path {native.current()!r}): {windows} calibration windows of 512 tokens, the default is 128;\n"
+        f"\nTo be quick (path {native.columns_path()!r}): {windows} calibration windows of 512 tokens, the default is "
+        "128;\n"
         f"solver sweeps {passes} over all levels, {refines} over the high ones, the default is 4 and 4: worse numbers"
     )
     call = f"elastiq.recipes.nested({LEVELS}, {GROUP_SIZE}, passes={passes}, refines={refines})"

@@ -13,7 +13,7 @@ import elastiq
 ROOT = Path(elastiq.__file__).parent
 LAYERS = {
     "core": 0, "linalg": 0,
-    "formats": 1, "solvers": 1, "sensitivity": 1, "allocators": 1,
+    "formats": 1, "kernels": 1, "solvers": 1, "sensitivity": 1, "allocators": 1,
     "runtime": 2,
     "models": 3, "checkpoint": 3,
     "embedded": 4, "calibrate": 4, "load": 4, "huggingface": 4, "quantize": 4, "evaluate": 4, "report": 4,

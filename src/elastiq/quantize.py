@@ -301,7 +301,7 @@ def _fingerprint(source: ModelSource, recipe: Recipe, ids: Tensor, dtype: torch.
         },
         "arithmetic": {
             "dtype": str(dtype).removeprefix("torch."),
-            "path": native.current(),
+            "path": native.columns_path(),
             "torch": torch.__version__,
             "elastiq": version("elastiq"),
         },

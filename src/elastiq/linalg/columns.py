@@ -50,8 +50,8 @@ def fit(weight: Tensor, importance: Tensor, levels: tuple[int, ...], symmetric: 
         scale, zero = torch.empty(num_levels, rows), torch.empty(num_levels, rows)
         importance = importance.float().contiguous()
         native.module.fit(  # type: ignore[union-attr]
-            native.current(), list(levels), columns, rows, importance.data_ptr(), weight.data_ptr(), shrink.data_ptr(),
-            len(SHRINK), symmetric, scale.data_ptr(), zero.data_ptr(), torch.get_num_threads(),
+            native.columns_path(), list(levels), columns, rows, importance.data_ptr(), weight.data_ptr(),
+            shrink.data_ptr(), len(SHRINK), symmetric, scale.data_ptr(), zero.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return scale, zero
     steps = torch.tensor([2.0**r - 1 for r in levels], device=weight.device).unsqueeze(1)
@@ -174,12 +174,12 @@ def _value(nest: Nest, code: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def _compiled(x: Tensor) -> bool:
-    return native.current() != "torch" and x.device.type == "cpu" and x.shape[-1] % LANES == 0
+    return native.columns_path() != "torch" and x.device.type == "cpu" and x.shape[-1] % LANES == 0
 
 
 def _header(nest: Nest, columns: int, rows: int, scale: Tensor, zero: Tensor, group_of: Tensor) -> tuple[object, ...]:
     assert scale.is_contiguous() and zero.is_contiguous() and group_of.dtype == torch.int32
     return (
-        native.current(), list(nest.levels), list(nest.weights), nest.beam, nest.keep, columns, len(scale), rows,
+        native.columns_path(), list(nest.levels), list(nest.weights), nest.beam, nest.keep, columns, len(scale), rows,
         group_of.data_ptr(), scale.data_ptr(), zero.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

@@ -1,6 +1,7 @@
-"""Which implementation of the inner loops runs: compiled (one path per instruction set) or plain torch.
+"""Which implementation of the compiled loops runs: one path per instruction set, or plain torch.
 
-The environment variable ELASTIQ_PATH or `use` chooses; `torch` forbids compiled code.
+The environment variable ELASTIQ_PATH or `use` chooses; `torch` forbids compiled code. The names that go beyond
+`avx512` differ in products with bit planes only: the solvers' loops run as `columns_path` says.
 """
 
 from __future__ import annotations
@@ -20,25 +21,32 @@ try:
 except ImportError:
     logging.getLogger("elastiq").info("compiled loops are absent; plain torch runs instead, several times slower")
 
+_paths: tuple[str, ...] = (*(module.paths() if module else ()), "torch")
 _chosen: str | None = None
 
 
 def paths() -> tuple[str, ...]:
     """Every path this machine can run, the fastest first; `torch` is always the last."""
-    return (*(module.paths() if module else ()), "torch")
+    return _paths
 
 
 def use(path: str | None) -> None:
     """Run `path` from now on; None returns to the default. Raises ElastiqError if this machine cannot run it."""
     global _chosen
-    if path is not None and path not in paths():
-        raise ElastiqError(f"path {path!r} does not run here; choose one of {', '.join(paths())}")
+    if path is not None and path not in _paths:
+        raise ElastiqError(f"path {path!r} does not run here; choose one of {', '.join(_paths)}")
     _chosen = path
 
 
 def current() -> str:
     """The path in use: the one chosen by `use`, by ELASTIQ_PATH, or the fastest."""
-    path = _chosen or os.environ.get("ELASTIQ_PATH") or paths()[0]
-    if path not in paths():
-        raise ElastiqError(f"ELASTIQ_PATH={path!r} does not run here; choose one of {', '.join(paths())}")
+    path = _chosen or os.environ.get("ELASTIQ_PATH") or _paths[0]
+    if path not in _paths:
+        raise ElastiqError(f"ELASTIQ_PATH={path!r} does not run here; choose one of {', '.join(_paths)}")
     return path
+
+
+def columns_path() -> str:
+    """The path of the solvers' loops, on which the bytes of a checkpoint depend."""
+    path = current()
+    return "avx512" if path == "amx" or path.startswith("avx512") else path

@@ -1,4 +1,4 @@
-"""Modules that run on packed bit planes, in plain torch."""
+"""Modules that run on packed bit planes."""
 
 from .embedding import NestedEmbedding
 from .experts import NestedExperts

@@ -24,5 +24,5 @@ class NestedEmbedding(NestedMatrix):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[..., hidden] in `dtype` of token ids [...]."""
-        rows = self.dense(ids.reshape(-1)).to(self.dtype).view(*ids.shape, self.embedding_dim)
+        rows = self.dense(ids.reshape(-1), self.dtype).view(*ids.shape, self.embedding_dim)
         return rows if self.embed_scale is None else rows * self.embed_scale.to(self.dtype)

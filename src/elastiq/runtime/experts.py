@@ -18,4 +18,4 @@ class NestedExperts(NestedMatrix):
 
     def __getitem__(self, expert: Tensor | int) -> Tensor:
         """[out, in] of one expert, in `dtype`."""
-        return self.dense(int(expert)).to(self.dtype)
+        return self.dense(int(expert), self.dtype)

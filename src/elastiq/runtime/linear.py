@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .embedding import NestedEmbedding
 from .nested import NestedMatrix
@@ -27,7 +26,7 @@ class NestedLinear(NestedMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out] of x [..., in], in the dtype of x."""
-        return F.linear(x, self.dense().to(x.dtype), self.bias)
+        return self.product(x, self.bias)
 
 
 class TiedHead(nn.Module):
@@ -44,4 +43,4 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., vocabulary] of x [..., hidden], in the dtype of x."""
-        return F.linear(x, self._embedding[0].dense().to(x.dtype), self.bias)
+        return self._embedding[0].product(x, self.bias)

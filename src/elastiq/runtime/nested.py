@@ -1,37 +1,30 @@
-"""Bit planes held in a module and decoded when they are needed."""
+"""Bit planes held in a module, in the order in which products read them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..core import ElastiqError, derive
-from ..linalg import unpack_planes
+from ..core import ElastiqError
+from ..kernels.matmul import decode, matmul, tile_plane, tile_scale
 from .stored import StoredMatrix, plane_array, readable_widths
-
-
-def decode(codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor:
-    """Values float32 [..., in] of codes uint8 [..., in] with scale and zero point [..., groups]."""
-    values = codes.float()
-    if codes.shape[-1] % group_size:
-        group = torch.arange(codes.shape[-1], device=codes.device) // group_size
-        return values.sub_(zero_point[..., group]).mul_(scale[..., group])
-    grouped = values.unflatten(-1, (-1, group_size))
-    return grouped.sub_(zero_point.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).flatten(-2)
 
 
 class NestedMatrix(nn.Module):
     """Base of the modules that stand where a matrix stood; holds its planes packed and reads the first `bits` of them.
 
-    Buffers carry the names of the checkpoint's arrays. The module starts empty: `hold` gives it one plane after
-    another, then `bits` is set. `dtype` is what it answers in where no input says otherwise; it follows `.to(dtype)`,
-    while scales and zero points always stay in half precision.
+    Buffers carry the names of the checkpoint's arrays, in tile order. The module starts empty: `hold` gives it one
+    plane after another, then `bits` is set. `dtype` is what it answers in where no input says otherwise; it follows
+    `.to(dtype)`, while scales and zero points always stay in half precision. `activations` is how compiled products
+    read their inputs: "int16" (fixed point, relative error about 5e-5), "int8", or "float".
     """
 
     _like: Tensor
+    activations = "int16"
 
     def __init__(self, stored: StoredMatrix, dtype: torch.dtype) -> None:
         super().__init__()
@@ -72,15 +65,34 @@ class NestedMatrix(nn.Module):
         if found != specs:
             raise ElastiqError(f"{self.stored.name}: plane {self._planes + 1} is {found}, not {specs}")
         for name, array in arrays.items():
-            self.register_buffer(name, array.to(self._like.device))
+            order = tile_plane if array.dtype == torch.uint8 else tile_scale
+            self.register_buffer(name, order(array.to(self._like.device)))
         self._planes += 1
 
-    def dense(self, index: Tensor | int | None = None) -> Tensor:
-        """Values float32 at `bits`: the whole matrix, or what `index` picks along the first axis."""
-        planes = [self._pick(plane_array(plane), index) for plane in range(1, self._bits + 1)]
-        scale, zero_point = self._scales(index)
-        codes = unpack_planes(planes, self.stored.in_features)
-        return decode(codes, scale, zero_point, self.stored.group_size)
+    def dense(self, index: Tensor | int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values at `bits`: the whole matrix, or the rows (of experts: the one matrix) that `index` picks."""
+        planes, scale, zero_point, level = self._read()
+        *experts, out_features, in_features = self.stored.shape
+        group_size = self.stored.group_size
+        if not experts:
+            return decode(planes, scale, zero_point, index, level, out_features, in_features, group_size, dtype)
+        members = range(experts[0]) if index is None else [index]
+        values = [
+            decode(
+                [plane[e] for plane in planes], scale[e], None if zero_point is None else zero_point[e], None, level,
+                out_features, in_features, group_size, dtype,
+            )
+            for e in members
+        ]  # fmt: skip
+        return torch.stack(values) if index is None else values[0]
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x Wᵀ + bias at `bits`, in the dtype of x; by way of the dense matrix if gradients are asked for."""
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return F.linear(x, self.dense().to(x.dtype), bias)
+        planes, scale, zero_point, level = self._read()
+        stored = self.stored
+        return matmul(x, planes, scale, zero_point, bias, level, stored.shape[0], stored.group_size, self.activations)
 
     def read_arrays(self) -> list[Tensor]:
         """The arrays that reading at `bits` touches."""
@@ -88,18 +100,12 @@ class NestedMatrix(nn.Module):
         names += self.stored.scale_arrays(self.stored.scale_level(self._bits))
         return [self.get_buffer(name) for name in names]
 
-    def _pick(self, name: str, index: Tensor | int | None) -> Tensor:
-        array = self.get_buffer(name)
-        return array if index is None else array[index]
-
-    def _scales(self, index: Tensor | int | None) -> tuple[Tensor, Tensor]:
-        own = self.stored.scale_level(self._bits)
-        scale = self._pick(f"scale_{own}", index).float()
-        if self.stored.symmetric:
-            zero_point = torch.full_like(scale, (2**own - 1) / 2)
-        else:
-            zero_point = self._pick(f"zero_point_{own}", index).float()
-        return (scale, zero_point) if own == self._bits else derive(scale, zero_point, own, self._bits)
+    def _read(self) -> tuple[list[Tensor], Tensor, Tensor | None, int]:
+        """Planes, scale, zero point and the level of these, as `bits` reads them."""
+        level = self.stored.scale_level(self._bits)
+        buffers = cast(dict[str, Tensor], self._buffers)
+        planes = [buffers[plane_array(plane)] for plane in range(1, self._bits + 1)]
+        return planes, buffers[f"scale_{level}"], buffers.get(f"zero_point_{level}"), level
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves between devices apply to scales and zero points, changes of dtype do not."""

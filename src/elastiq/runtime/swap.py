@@ -55,7 +55,7 @@ def bits_per_weight(model: nn.Module) -> float:
     matrices = nested_matrices(model).values()
     if not matrices:
         raise ElastiqError("bits_per_weight: the model has no quantized matrices; load one with elastiq.load")
-    used = sum(array.nbytes * 8 for matrix in matrices for array in matrix.read_arrays())
+    used = sum(matrix.stored.num_bits(matrix.bits) for matrix in matrices)
     return used / sum(matrix.stored.num_weights for matrix in matrices)
 
 

@@ -1,0 +1,310 @@
+// Included once per instruction set; ELASTIQ_TARGET names the table of functions it defines.
+#include <cmath>
+#include <cstring>
+#include <omp.h>
+
+#include "planes.inl"
+
+namespace elastiq {
+namespace {
+
+#if defined(__AVX512VNNI__)
+constexpr int kBatch = 8;
+#else
+constexpr int kBatch = 4;
+#endif
+constexpr int kAhead = 2048;  // bytes that the software prefetch runs ahead in every plane
+
+// ---- activations
+
+// Inputs of one group of one token to fixed point, piece after piece.
+void quantize(const Weight& w, const Input& x, const Activations& a, int token, int group) {
+  const int per_group = w.pieces();
+  const size_t inputs = size_t(w.tiles) * kTileInputs;
+  const int tile_end = group + 1 == w.groups ? w.tiles : (group + 1) * w.group_tiles();
+  const float steps = a.digits == 2 ? 32639.0f : 127.0f;  // 127 * 256 + 127: both bytes stay within -128..127
+  float total = 0.0f;
+  int tile = group * w.group_tiles();
+  for (int piece = 0; tile < tile_end; ++piece) {
+    const int first = tile * kTileInputs;
+    tile = tile + kPieceTiles < tile_end ? tile + kPieceTiles : tile_end;
+    const int vectors = (tile * kTileInputs - first) / kLanes;
+    vf value[2 * kPieceTiles], largest = splat(0.0f), strange = largest;
+    for (int i = 0; i < vectors; ++i) {
+      const int at = first + i * kLanes, left = w.in_features - at;
+      value[i] = left <= 0 ? splat(0.0f)
+                           : load_some(x.values, x.dtype, size_t(token) * w.in_features + at, left < kLanes ? left : kLanes);
+      largest = maximum(largest, maximum(value[i], -value[i]));
+      strange += value[i] * 0.0f;
+    }
+    float most = 0.0f, finite = 0.0f;
+    for (int i = 0; i < kLanes; ++i) {
+      most = largest[i] > most ? largest[i] : most;
+      finite += strange[i];
+    }
+    // A piece whose largest value would overflow the division counts as zeros.
+    const bool usable = most > 1e-30f && finite == 0.0f;
+    const float inverse = usable ? steps / most : 0.0f;
+    vi sum = splat(0);
+    for (int i = 0; i < vectors; ++i) {
+      const vi fixed = usable ? to_int(nearest(value[i] * inverse)) : splat(0);
+      sum += fixed;
+      int8_t* to = a.bytes + size_t(token) * a.digits * inputs + first + i * kLanes;
+      typedef int8_t bytes __attribute__((vector_size(kLanes)));
+      if (a.digits == 2) {
+        const vi low = (fixed << 24) >> 24;
+        const bytes lows = __builtin_convertvector(low, bytes), highs = __builtin_convertvector((fixed - low) >> 8, bytes);
+        std::memcpy(to, &highs, sizeof highs);
+        std::memcpy(to + inputs, &lows, sizeof lows);
+      } else {
+        const bytes all = __builtin_convertvector(fixed, bytes);
+        std::memcpy(to, &all, sizeof all);
+      }
+    }
+    float step = usable ? most / steps : 0.0f;
+    if (finite != 0.0f) step = NAN;
+    int32_t exact = 0;
+    for (int i = 0; i < kLanes; ++i) exact += sum[i];
+    total += step * float(exact);
+    a.scale[(size_t(token) * w.groups + group) * per_group + piece] = step;
+  }
+  a.sum[size_t(token) * w.groups + group] = total;
+}
+
+// Inputs of one group of one token as floats.
+void widen(const Weight& w, const Input& x, const Activations& a, int token, int group) {
+  const int begin = group * w.group_tiles() * kTileInputs;
+  const int end = (group + 1 == w.groups ? w.tiles : (group + 1) * w.group_tiles()) * kTileInputs;
+  vf total = splat(0.0f);
+  for (int at = begin; at < end; at += kLanes) {
+    const int left = w.in_features - at;
+    const vf v = left <= 0 ? splat(0.0f)
+                           : load_some(x.values, x.dtype, size_t(token) * w.in_features + at, left < kLanes ? left : kLanes);
+    store(a.floats + size_t(token) * w.tiles * kTileInputs + at, v);
+    total += v;
+  }
+  float sum = 0.0f;
+  for (int i = 0; i < kLanes; ++i) sum += total[i];
+  a.sum[size_t(token) * w.groups + group] = sum;
+}
+
+// ---- products of blocks of 16 rows
+
+// Sums of one group: H digits of T tokens over B blocks.
+template <int R, int T, int H, int B>
+inline void group_sums(const Weight& w, const uint8_t* const (*plane)[R], const int8_t* const* x, const float* scale,
+                       size_t scales, int tile, int tile_end, vf (*f)[T]) {
+  constexpr int N = kSlices == 1 && T * H * B < 4 ? 2 : 1;
+  const size_t inputs = size_t(w.tiles) * kTileInputs;
+  for (int b = 0; b < B; ++b)
+    for (int t = 0; t < T; ++t) f[b][t] = splat(0.0f);
+  for (int piece = 0; tile < tile_end; ++piece) {
+    const int piece_end = tile + kPieceTiles < tile_end ? tile + kPieceTiles : tile_end;
+    VI sum[B][T][H][kSlices][N] = {};
+    for (; tile < piece_end; ++tile) {
+      for (int b = 0; b < B; ++b) {
+        for (int p = 0; p < R; ++p) __builtin_prefetch(plane[b][p] + size_t(tile) * kTileBytes + kAhead);
+        for (int s = 0; s < kSlices; ++s) {
+          V c[8];
+          codes<R>(plane[b], size_t(tile) * kTileBytes + s * kSlice, c);
+          for (int t = 0; t < T; ++t)
+            for (int h = 0; h < H; ++h) dot<R, N>(sum[b][t][h][s], c, x[t] + h * inputs + tile * kTileInputs);
+        }
+      }
+    }
+    for (int b = 0; b < B; ++b) {
+      for (int t = 0; t < T; ++t) {
+        VI slices[kSlices];
+        for (int s = 0; s < kSlices; ++s) {
+          VI digit[H];
+          for (int h = 0; h < H; ++h) digit[h] = N == 2 ? sum[b][t][h][s][0] + sum[b][t][h][s][N - 1] : sum[b][t][h][s][0];
+          slices[s] = H == 2 ? (digit[0] << 8) + digit[H - 1] : digit[0];
+        }
+        vi total;
+        std::memcpy(&total, slices, sizeof total);
+        f[b][t] += to_float(total) * (scale[t * scales + piece] * (1.0f / (1 << kSpare<R>)));
+      }
+    }
+  }
+}
+
+// The same with floats, for H = 0.
+template <int R, int T>
+inline void group_floats(const uint8_t* const* plane, const float* const* x, int tile, int tile_end, vf* f) {
+  VF sum[T][kSlices] = {};
+  for (; tile < tile_end; ++tile) {
+    for (int p = 0; p < R; ++p) __builtin_prefetch(plane[p] + size_t(tile) * kTileBytes + kAhead);
+    for (int s = 0; s < kSlices; ++s) {
+      V c[8];
+      codes<R>(plane, size_t(tile) * kTileBytes + s * kSlice, c);
+      for (int j = 0; j < 8; ++j)
+        for (int i = 0; i < 4; ++i) {
+          const VF value = __builtin_convertvector(((VI)c[j] >> (8 * i)) & 255, VF);
+          for (int t = 0; t < T; ++t) sum[t][s] += value * x[t][tile * kTileInputs + 4 * j + i];
+        }
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    std::memcpy(&f[t], sum[t], sizeof f[t]);
+    f[t] *= 1.0f / (1 << kSpare<R>);
+  }
+}
+
+template <int R, int T, int H, int B>
+void blocks(const Weight& w, const Output& out, const Input& x, const Activations& a, int token, const int* block) {
+  const size_t inputs = size_t(w.tiles) * kTileInputs, scales = size_t(w.groups) * w.pieces();
+  const uint8_t* plane[B][R];
+  for (int b = 0; b < B; ++b)
+    for (int p = 0; p < R; ++p) plane[b][p] = w.plane[p] + size_t(block[b]) * w.tiles * kTileBytes;
+  const int8_t* bytes[T];
+  const float* floats[T];
+  for (int t = 0; t < T; ++t) {
+    if (H > 0) bytes[t] = a.bytes + size_t(token + t) * H * inputs;
+    if (H == 0) floats[t] = a.floats + size_t(token + t) * inputs;
+  }
+  vf y[B][T];
+  for (int b = 0; b < B; ++b)
+    for (int t = 0; t < T; ++t) y[b][t] = splat(0.0f);
+  for (int group = 0; group < w.groups; ++group) {
+    const int tile = group * w.group_tiles();
+    const int tile_end = group + 1 == w.groups ? w.tiles : tile + w.group_tiles();
+    vf f[B][T];
+    if constexpr (H == 0)
+      group_floats<R, T>(plane[0], floats, tile, tile_end, f[0]);
+    else
+      group_sums<R, T, H, B>(w, plane, bytes, a.scale + token * scales + size_t(group) * w.pieces(), scales, tile, tile_end, f);
+    for (int b = 0; b < B; ++b) {
+      const size_t at = (size_t(block[b]) * w.groups + group) * kTileRows;
+      const vf scale = load_half(w.scale + at), zero = load_zero(w, at);
+      for (int t = 0; t < T; ++t) y[b][t] += scale * (f[b][t] - zero * a.sum[size_t(token + t) * w.groups + group]);
+    }
+  }
+  for (int b = 0; b < B; ++b) {
+    const int row = block[b] * kTileRows, left = w.out_features - row, n = left < kTileRows ? left : kTileRows;
+    const vf bias = out.bias ? load_some(out.bias, x.dtype, row, n) : splat(0.0f);
+    for (int t = 0; t < T; ++t)
+      store_some(out.values, x.dtype, size_t(token + t) * w.out_features + row, n, y[b][t] * w.factor + bias);
+  }
+}
+
+template <int R, int H>
+void some_blocks(const Weight& w, const Output& out, const Input& x, const Activations& a, int begin, int end) {
+  // Two blocks half the range apart: with few planes one stream of memory is not enough.
+  constexpr int B = R <= 2 && H > 0 && kSlices == 1 ? 2 : 1;
+  if (B == 2 && x.tokens == 1) {
+    const int half = (end - begin) / 2;
+    for (int i = 0; i < half; ++i) {
+      const int pair[2] = {begin + i, begin + half + i};
+      blocks<R, 1, H, B>(w, out, x, a, 0, pair);
+    }
+    begin += 2 * half;
+  }
+  for (int block = begin; block < end; ++block) {
+    int token = 0;
+    for (; token + kBatch <= x.tokens; token += kBatch) blocks<R, kBatch, H, 1>(w, out, x, a, token, &block);
+    if (kBatch == 8 && token + 4 <= x.tokens) blocks<R, 4, H, 1>(w, out, x, a, token, &block), token += 4;
+    if (token + 2 <= x.tokens) blocks<R, 2, H, 1>(w, out, x, a, token, &block), token += 2;
+    if (token < x.tokens) blocks<R, 1, H, 1>(w, out, x, a, token, &block);
+  }
+}
+
+template <int R>
+void some_blocks(const Weight& w, const Output& out, const Input& x, const Activations& a, int begin, int end) {
+  if (a.digits == 2) return some_blocks<R, 2>(w, out, x, a, begin, end);
+  if (a.digits == 1) return some_blocks<R, 1>(w, out, x, a, begin, end);
+  some_blocks<R, 0>(w, out, x, a, begin, end);
+}
+
+typedef void (*SomeBlocks)(const Weight&, const Output&, const Input&, const Activations&, int, int);
+constexpr SomeBlocks kSomeBlocks[] = {some_blocks<1>, some_blocks<2>, some_blocks<3>, some_blocks<4>,
+                                      some_blocks<5>, some_blocks<6>, some_blocks<7>, some_blocks<8>};
+
+void product(const Weight* weight, const Output* output, int count, const Input& x, const Activations& a, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const Weight& first = weight[0];
+    const int64_t parts = int64_t(x.tokens) * first.groups;
+    for (int64_t i = parts * thread / team; i < parts * (thread + 1) / team; ++i)
+      (a.digits ? quantize : widen)(first, x, a, int(i / first.groups), int(i % first.groups));
+#pragma omp barrier
+    for (int m = 0; m < count; ++m) {
+      const int64_t n = weight[m].blocks;
+      kSomeBlocks[weight[m].bits - 1](weight[m], output[m], x, a, int(n * thread / team), int(n * (thread + 1) / team));
+    }
+  }
+}
+
+// ---- values
+
+// Codes of one tile, as bytes [row][input].
+template <int R>
+void tile_codes(const Weight& w, int block, int tile, uint8_t (*code)[kTileInputs]) {
+  const size_t at = (size_t(block) * w.tiles + tile) * kTileBytes;
+  for (int s = 0; s < kSlices; ++s) {
+    V c[8];
+    codes<R>(w.plane, at + s * kSlice, c);
+    uint32_t four[8][kSlice / 4];
+    std::memcpy(four, c, sizeof four);
+    for (int row = 0; row < kSlice / 4; ++row)
+      for (int j = 0; j < 8; ++j) std::memcpy(code[s * kSlice / 4 + row] + 4 * j, &four[j][row], 4);
+  }
+}
+
+typedef void (*TileCodes)(const Weight&, int, int, uint8_t (*)[kTileInputs]);
+constexpr TileCodes kTileCodes[] = {tile_codes<1>, tile_codes<2>, tile_codes<3>, tile_codes<4>,
+                                    tile_codes<5>, tile_codes<6>, tile_codes<7>, tile_codes<8>};
+constexpr int kSpares[] = {kSpare<1>, kSpare<2>, kSpare<3>, kSpare<4>, kSpare<5>, kSpare<6>, kSpare<7>, kSpare<8>};
+
+// Values of rows `first` to `first + n` of a block, to consecutive rows of the result.
+void decode_rows(const Weight& w, int block, int first, int n, void* values, Dtype dtype, size_t to) {
+  const int spare = kSpares[w.bits - 1];
+  const bool whole = w.group_size >= w.in_features || w.group_size % kTileInputs == 0;
+  for (int tile = 0; tile < w.tiles; ++tile) {
+    uint8_t code[kTileRows][kTileInputs];
+    kTileCodes[w.bits - 1](w, block, tile, code);
+    const int begin = tile * kTileInputs;
+    const int width = w.in_features - begin < kTileInputs ? w.in_features - begin : kTileInputs;
+    vf scale, zero;
+    for (int i = 0; i < width; i += kLanes) {
+      const int some = width - i < kLanes ? width - i : kLanes;
+      vf scales[kLanes], zeros[kLanes];
+      for (int k = 0; k < (whole ? 1 : some); ++k) {
+        const size_t at = (size_t(block) * w.groups + (begin + i + k) / w.group_size) * kTileRows;
+        scales[k] = load_half(w.scale + at) * w.factor;
+        zeros[k] = load_zero(w, at);
+      }
+      for (int row = first; row < first + n; ++row) {
+        vi number;
+        for (int k = 0; k < kLanes; ++k) number[k] = code[row][i + k] >> spare;
+        if (whole) {
+          scale = splat(scales[0][row]);
+          zero = splat(zeros[0][row]);
+        } else {
+          for (int k = 0; k < some; ++k) scale[k] = scales[k][row], zero[k] = zeros[k][row];
+        }
+        store_some(values, dtype, to + size_t(row - first) * w.in_features + begin + i, some, (to_float(number) - zero) * scale);
+      }
+    }
+  }
+}
+
+void decode(const Weight& w, const int64_t* rows, int64_t count, void* values, Dtype dtype, int threads) {
+  if (rows) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < count; ++i)
+      decode_rows(w, int(rows[i] / kTileRows), int(rows[i] % kTileRows), 1, values, dtype, size_t(i) * w.in_features);
+    return;
+  }
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int block = 0; block < w.blocks; ++block) {
+    const int first = block * kTileRows, left = w.out_features - first;
+    decode_rows(w, block, 0, left < kTileRows ? left : kTileRows, values, dtype, size_t(first) * w.in_features);
+  }
+}
+
+}  // namespace
+
+extern const MatmulFunctions ELASTIQ_TARGET{product, decode};
+
+}  // namespace elastiq

@@ -1,0 +1,2 @@
+#define ELASTIQ_TARGET matmul_avx2
+#include "matmul.inl"

@@ -1,0 +1,2 @@
+#define ELASTIQ_TARGET matmul_gfni
+#include "matmul.inl"

@@ -1,0 +1,2 @@
+#define ELASTIQ_TARGET matmul_portable
+#include "matmul.inl"

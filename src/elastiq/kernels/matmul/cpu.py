@@ -1,0 +1,113 @@
+"""Compiled products on the bit planes (native/matmul.inl): one read of the planes per token or batch of tokens.
+
+Activations are fixed point per group ("int16": two bytes, relative error about 5e-5; "int8": one byte) or floats.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...core import ElastiqError
+from ...linalg import native
+from .weight import TiledWeight
+
+DIGITS = {"int16": 2, "int8": 1, "float": 0}
+"""Bytes of a fixed-point activation by mode; 0 for floats."""
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MAX_TOKENS = 32
+"""Longest batch that is multiplied on the planes; more tokens share one decoding of the matrix."""
+
+
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether compiled code takes tensors of this device and type."""
+    return native.module is not None and device.type == "cpu" and dtype in DTYPES and native.current() != "torch"
+
+
+def decode(weight: TiledWeight, rows: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values [out_features, in_features] in `dtype`, or [len(rows), in_features] of some rows.
+
+    Raises IndexError for rows that the matrix does not have.
+    """
+    weight.check()
+    count = weight.out_features
+    if rows is not None:
+        rows = rows.to(torch.int64).contiguous()
+        count = len(rows)
+    values = torch.empty(count, weight.in_features, dtype=dtype)
+    if count == 0:
+        return values
+    native.module.decode(  # type: ignore[union-attr]
+        native.current(), _described(weight), 0 if rows is None else rows.data_ptr(), count, values.data_ptr(),
+        DTYPES[dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return values
+
+
+def matmul(x: Tensor, weight: TiledWeight, bias: Tensor | None = None, activations: str = "int16") -> Tensor:
+    """x Wᵀ + bias [..., out_features] of x [..., in_features], in the dtype of x (float32, bfloat16 or float16).
+
+    A token with an activation that is not finite gives NaN everywhere. Raises ElastiqError if an array does not fit.
+    """
+    return matmul_shared(x, [weight], [bias], activations)[0]
+
+
+def matmul_shared(
+    x: Tensor, weights: Sequence[TiledWeight], biases: Sequence[Tensor | None], activations: str = "int16"
+) -> list[Tensor]:
+    """One product for each of several matrices that read the same inputs in the same groups, in one call."""
+    digits = DIGITS.get(activations)
+    if digits is None:
+        raise ElastiqError(f"matmul: activations are {', '.join(DIGITS)}, not {activations!r}")
+    first = weights[0]
+    if x.shape[-1] != first.in_features or x.dtype not in DTYPES:
+        raise ElastiqError(
+            f"matmul: x is {x.dtype} {list(x.shape)}; {first.in_features} inputs in 16- or 32-bit floats are needed"
+        )
+    for weight, bias in zip(weights, biases, strict=True):
+        weight.check()
+        if bias is not None and bias.numel() != weight.out_features:
+            raise ElastiqError(f"matmul: a bias has {bias.numel()} numbers, the matrix {weight.out_features} rows")
+    tokens = x.numel() // first.in_features
+    if not first.whole_tiles:
+        _say_decoded(first.group_size)
+    if not first.whole_tiles or tokens > MAX_TOKENS:
+        return [
+            F.linear(x, decode(weight, dtype=x.dtype), None if bias is None else bias.to(x.dtype))
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
+    x = x.contiguous()
+    results, matrices, held = [], [], []
+    for weight, bias in zip(weights, biases, strict=True):
+        result = x.new_empty((*x.shape[:-1], weight.out_features))
+        if bias is not None:
+            held.append(bias := bias.to(x.dtype).contiguous())
+        matrices.append((_described(weight), result.data_ptr(), 0 if bias is None else bias.data_ptr()))
+        results.append(result)
+    native.module.product(  # type: ignore[union-attr]
+        native.current(), matrices, x.data_ptr(), DTYPES[x.dtype], tokens, digits, torch.get_num_threads()
+    )
+    return results
+
+
+def _described(weight: TiledWeight) -> tuple[object, ...]:
+    zero_point = weight.zero_point
+    return (
+        tuple([plane.data_ptr() for plane in weight.planes]), weight.scale.data_ptr(),
+        0 if zero_point is None else zero_point.data_ptr(),
+        weight.level, weight.out_features, weight.in_features, weight.group_size,
+    )  # fmt: skip
+
+
+@cache
+def _say_decoded(group_size: int) -> None:
+    logging.getLogger("elastiq").warning(
+        "groups of %d inputs do not fit tiles of 32: such matrices are decoded for every product, which is slower; "
+        "use groups of 32, 64 or 128",
+        group_size,
+    )
