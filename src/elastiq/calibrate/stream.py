@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core import ElastiqError, Site, Stats
-from ..models import Layout, ModelSource, free_module, load_module, read_parameter
+from ..models import Layout, ModelSource, free_module, give_back_memory, load_module, read_parameter
 from .products import ExpertProducts, Products
 
 log = logging.getLogger("elastiq")
@@ -149,7 +147,7 @@ class BlockStream:
         self._inputs, self._outputs = self._outputs, self._inputs
         free_module(self._model, self.layout.blocks[block])
         self.block, self._done = block + 1, False
-        _give_back_memory()
+        give_back_memory()
 
     @torch.no_grad()
     def final_stats(self) -> Stats:
@@ -381,14 +379,6 @@ class _Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._sites)
-
-
-def _give_back_memory() -> None:
-    """Return freed memory to the system. The C library keeps it in pieces otherwise, and grows from block to block."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it, and only glibc needs it
-        if trim is not None:
-            trim(0)
 
 
 def _matrix(model: PreTrainedModel, site: Site) -> Tensor:

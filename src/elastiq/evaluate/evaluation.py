@@ -17,7 +17,7 @@ from ..checkpoint import CheckpointReader
 from ..checkpoint.sizes import full_bytes, map_mean_bits, map_sizes
 from ..core import ElastiqError, LevelMap
 from ..load import load, map_widths, set_bits
-from ..models import ModelSource
+from ..models import ModelSource, give_back_memory
 from .record import keep
 from .scores import Scores
 from .text import load_tokenizer, read_text, windows
@@ -120,6 +120,8 @@ def _measure(
                     "give the model the checkpoint was made from"
                 )
             scores[b].add(logits, targets, reference)
+            del logits
+            give_back_memory()
     if progress:
         progress("evaluating", len(ids) * len(maps), len(ids) * len(maps))
     return scores, full_scores

@@ -2,7 +2,7 @@
 
 from .discover import Layout, discover
 from .fused import fused_groups
-from .skeleton import build_skeleton, free_module, load_module, read_parameter
+from .skeleton import build_skeleton, free_module, give_back_memory, load_module, read_parameter
 from .source import ModelSource
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "discover",
     "free_module",
     "fused_groups",
+    "give_back_memory",
     "load_module",
     "read_parameter",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import sys
 from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
@@ -166,3 +168,14 @@ def _check_class(source: ModelSource, model: PreTrainedModel) -> None:
             f"{source.path}: the architecture {names[0]} is not a causal language model (that would be "
             f"{type(model).__name__})"
         )
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system.
+
+    The C library keeps it in pieces otherwise, and the process grows from block to block and from batch to batch.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it, and only glibc needs it
+        if trim is not None:
+            trim(0)
