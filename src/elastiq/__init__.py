@@ -12,6 +12,7 @@ from importlib.metadata import version
 from . import recipes
 from .allocate import Budget, allocate, frontier
 from .core import ElastiqError, LevelMap, Recipe
+from .generate import generate
 from .huggingface import ElastiqConfig
 from .load import load, set_bits
 from .quantize import plan, quantize
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "allocate",
     "frontier",
+    "generate",
     "load",
     "plan",
     "quantize",

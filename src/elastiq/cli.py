@@ -39,6 +39,7 @@ from .evaluate import (
     megabytes,
     write_json,
 )
+from .generate import generate
 from .load import load
 from .quantize import plan, quantize
 from .report import save_frontier, write_report
@@ -273,6 +274,9 @@ def generate_command(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.", min=0.0)] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample among the tokens that hold this much of the probability.", max=1.0)
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling, with a temperature.")] = 0,
     device: Device = "cpu",
     dtype: Annotated[
@@ -293,29 +297,15 @@ def generate_command(
         device=_device(device),
         dtype=None if dtype is None else _DTYPES[dtype.value],
     )
-    context = getattr(model.config, "max_position_embeddings", None) or tokens.shape[1] + max_new_tokens
-    if tokens.shape[1] >= context:
-        raise ElastiqError(
-            f"the prompt has {tokens.shape[1]} tokens, the model's context {context}; shorten the prompt"
-        )
-    sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False, "temperature": None}
-    )
-    torch.manual_seed(seed)
-    begin = time.perf_counter()
-    answer = model.generate(
-        tokens.to(model.device),
-        attention_mask=torch.ones_like(tokens).to(model.device),
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        max_new_tokens=min(max_new_tokens, context - tokens.shape[1]),
-        use_cache=True,
-        top_k=None,
-        top_p=None,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **sampling,
-    )
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    begin, count = time.perf_counter(), 0
+    for token in generate(
+        model, tokens, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    ):
+        streamer.put(torch.tensor([token]))
+        count += 1
+    streamer.end()
     if out.is_terminal:
-        count = answer.shape[1] - tokens.shape[1]
         out.print(f"{count} tokens, {count / (time.perf_counter() - begin):.1f} per second", style="dim")
 
 
