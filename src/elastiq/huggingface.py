@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,9 +86,8 @@ class ElastiqQuantizer(HfQuantizer):
             swap(model, matrix)
         for name, module in nested_matrices(model).items():
             for plane in range(1, planes + 1):
-                arrays = manifest.matrices[name].arrays(plane).items()
-                module.hold({key: torch.empty(shape, dtype=dtype, device="meta") for key, (dtype, shape) in arrays})
-            module.bits = widths[name]
+                for key, (dtype, shape) in manifest.matrices[name].arrays(plane).items():
+                    module.register_buffer(key, torch.empty(shape, dtype=dtype, device="meta"))
         model.set_experts_implementation("eager")  # which asks for one expert after another
         model.all_tied_weights_keys = {
             target: source
@@ -99,8 +98,13 @@ class ElastiqQuantizer(HfQuantizer):
         ignored = {f"^{re.escape(name)}$" for name in unread}
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
         self.quantization_config.planes = planes
+        self._bits = widths
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, matrix in nested_matrices(model).items():
+            for plane in range(1, self.quantization_config.planes + 1):
+                matrix.hold({key: cast(Tensor, matrix._buffers.pop(key)) for key in matrix.stored.arrays(plane)})
+            matrix.bits = self._bits[name]
         for name, scale in self._row_scales.items():
             if scale is not None:  # a buffer that no file holds
                 embedding: Any = model.get_submodule(name)
@@ -110,12 +114,16 @@ class ElastiqQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """Nothing special is saved, but config.json has to name the width in use."""
-        widths = {name: matrix.bits for name, matrix in nested_matrices(model).items()}
+        """Everything in the checkpoint's order; config.json has to name the width in use."""
+        matrices = nested_matrices(model)
+        widths = {name: matrix.bits for name, matrix in matrices.items()}
         same = len(set(widths.values())) == 1
         self.quantization_config.bits = next(iter(widths.values())) if same else widths
-        self.quantization_config.planes = max(matrix.max_bits for matrix in nested_matrices(model).values())
-        return None, {}
+        self.quantization_config.planes = max(matrix.max_bits for matrix in matrices.values())
+        state = model.state_dict()
+        for name, matrix in matrices.items():
+            state |= {f"{name}.{key}": array for key, array in matrix.arrays().items()}
+        return state, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import ElastiqError
-from ..kernels.matmul import decode, matmul, tile_plane, tile_scale
+from ..kernels.matmul import decode, matmul, tile_plane, tile_scale, untile_plane, untile_scale
 from .stored import StoredMatrix, plane_array, readable_widths
 
 
@@ -68,6 +68,16 @@ class NestedMatrix(nn.Module):
             order = tile_plane if array.dtype == torch.uint8 else tile_scale
             self.register_buffer(name, order(array.to(self._like.device)))
         self._planes += 1
+
+    def arrays(self) -> dict[str, Tensor]:
+        """All that `hold` was given, by short name and in the checkpoint's order."""
+        *_, rows, inputs = self.stored.shape
+        held = {}
+        for plane in range(1, self._planes + 1):
+            for name, (dtype, _) in self.stored.arrays(plane).items():
+                array = self.get_buffer(name)
+                held[name] = untile_plane(array, rows, inputs) if dtype == torch.uint8 else untile_scale(array, rows)
+        return held
 
     def dense(self, index: Tensor | int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values at `bits`: the whole matrix, or the rows (of experts: the one matrix) that `index` picks."""
