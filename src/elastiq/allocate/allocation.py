@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import allocators as _registered  # noqa: F401  (its import fills the registry)
 from ..checkpoint import CheckpointReader
+from ..checkpoint.sizes import map_sizes
 from ..core import Allocator, Choices, Damage, ElastiqError, LevelMap, Problem, Solution, step_from_dict
 from ..linalg import lagrangian_bound
 from .budget import Budget, check_reachable, spoken
@@ -193,7 +194,10 @@ def _allocation(
         uniform = {"bits": table.levels[fitting[-1]], "loss": flat, "kl": prediction.kl(flat)}
     if all(choice == len(table.levels) - 1 for choice in choices):
         notes = (*notes, "the budget exceeds the widest map there is")
-    sizes = table.sizes(reader, choices)
+    sizes = map_sizes(reader, widths) | {"bytes_in_memory": int(table.base_bytes + _bytes(table, choices))}
+    if "latency" in table.costs:
+        seconds = table.costs["latency"][np.arange(len(choices)), list(choices)].sum()
+        sizes["seconds_per_token"] = float(seconds) + table.base_seconds
     gap = max(0.0, (loss - bound) / loss) if loss > 0 else 0.0
     facts = {
         "checkpoint": reader.path.resolve().name,
@@ -218,3 +222,7 @@ def _allocation(
         uniform=uniform,
         notes=notes,
     )
+
+
+def _bytes(table: Table, choices: Choices) -> float:
+    return float(table.costs["size"][np.arange(len(choices)), list(choices)].sum())

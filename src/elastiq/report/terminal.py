@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..allocate import Allocation, Frontier, Measurement
+from ..allocate import Allocation, Frontier
 from ..evaluate import kind, mean_error, megabytes, short_kinds
+from ..export import ExportSummary
 from ..quantize import Plan, Summary
 
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
@@ -83,6 +84,17 @@ def show_summary(summary: Summary, model: str) -> None:
         out.print(
             f"\nnext: elastiq evaluate {summary.output} --bits {widths} --text FILE.txt --against {model}", style="dim"
         )
+
+
+def show_export(summary: ExportSummary) -> None:
+    worst = summary.worst
+    size = megabytes(summary.num_bytes)
+    out.print(f"{printable(summary.output)}: {size}, {summary.bits_per_weight:.2f} bits per weight")
+    out.print(
+        f"error the format adds: {summary.error:.2g} on average, {worst['error']:.2g} at most "
+        f"({worst['name']}, {worst['bits']} bits as {worst['stored_as']})"
+    )
+    out.print(f"logits differ by {summary.logits:.2%} from those of the checkpoint at the same widths")
 
 
 def show_plan(planned: Plan) -> None:
@@ -233,24 +245,6 @@ def show_allocation(found: Allocation) -> None:
         out.print(f"uniform {found.uniform['bits']} bits, the widest within the budget: {flat}")
     for note in found.notes:
         out.print(printable(note))
-
-
-def show_sensitivity(measured: Measurement) -> None:
-    """Mean loss by kind of matrix, and where the most is lost."""
-    levels = sorted(measured.groups[0][1])
-    kinds: dict[str, list[Mapping[int, float]]] = {}
-    for names, losses in measured.groups:
-        kinds.setdefault(" + ".join(kind(name) for name in names), []).append(losses)
-    rows = [
-        [name, str(len(members)), *(f"{sum(m[level] for m in members) / len(members):.3g}" for level in levels)]
-        for name, members in kinds.items()
-    ]
-    _table(["matrices", "count", *(f"{level} bits" for level in levels)], rows, f"mean loss by {measured.name}")
-    worst = sorted(measured.groups, key=lambda group: -group[1][levels[0]])[:5]
-    cells = [[" + ".join(names), *(f"{losses[level]:.3g}" for level in levels)] for names, losses in worst]
-    _table(["matrices", *(f"{level} bits" for level in levels)], cells, "most sensitive")
-    where = "from the level table" if measured.text is None else f"on {measured.text['name']}"
-    out.print(printable(f"{measured.name} {where}, {_duration(measured.seconds)}"))
 
 
 def show_frontier(curve: Frontier) -> None:
