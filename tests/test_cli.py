@@ -55,7 +55,8 @@ def test_version() -> None:
 
 
 def test_every_command_has_help() -> None:
-    for command in ("quantize", "evaluate", "generate", "allocate", "frontier", "report", "inspect", "slice"):
+    allocating = ("allocate", "sensitivity", "frontier")
+    for command in (*allocating, "quantize", "evaluate", "generate", "report", "inspect", "slice"):
         assert command in ok("--help").stdout
         assert "--help" in ok(command, "--help").stdout
 
@@ -277,3 +278,22 @@ def test_frontier(made: tuple[Path, Result], tmp_path: Path) -> None:
     assert [step["stop"] for step in curve["steps"]] == [4] * len(curve["steps"])
     assert f"{len(curve['steps'])} steps from 3.00 bits per weight" in result.stdout
     assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_sensitivity_and_measured_allocation(
+    model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    output = tmp_path / "nested"
+    ok("quantize", model, "-o", output, *QUICK, "--calibration", text_file)
+    few = ["--text", text_file, "--window", 32, "--num-windows", 2]
+    result = ok("sensitivity", output, *few, "--json", tmp_path / "kl.json")
+    assert "most sensitive" in result.stdout and "kl on sample.txt" in result.stdout
+    assert len(json.loads((tmp_path / "kl.json").read_text())["groups"]) == 8
+    assert "KL divergence" in ok("allocate", output, "--bits", 3).stdout
+    assert "measured, uniform 2 bits is worse" in ok("allocate", output, "--bits", 3, "--verify", *few).stdout
+    bounded = ok("allocate", output, "--max-damage", "kl=1.0", *few).stdout
+    assert "the smallest map whose predicted KL divergence" in bounded and "measured on sample.txt" in bounded
+    assert "ms per token" in ok("allocate", output, "--latency", "10s").stdout
+    assert run("allocate", output, "--max-damage", "ppl=3").exit_code == 2
+    assert run("allocate", output, "--bits", 3, "--verify").exit_code == 2

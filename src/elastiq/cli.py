@@ -28,9 +28,9 @@ from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
 from . import __version__, recipes
-from .allocate import Budget, allocate, frontier, parse_bytes, read_map, write_map
+from .allocate import Budget, allocate, frontier, parse_bytes, parse_seconds, read_map, write_map
 from .checkpoint import CheckpointReader, slice_checkpoint
-from .core import MAX_BITS, ElastiqError, LevelMap
+from .core import MAX_BITS, ElastiqError, LevelMap, Step
 from .evaluate import (
     evaluate,
     inspect_checkpoint,
@@ -42,6 +42,7 @@ from .evaluate import (
 from .export import TARGETS, export
 from .generate import generate
 from .load import load
+from .measure import Bench, allocate_measured, latency_table, measure_sensitivity
 from .quantize import plan, quantize
 from .report import save_frontier, write_report
 from .report.terminal import (
@@ -56,6 +57,7 @@ from .report.terminal import (
     show_frontier,
     show_inspection,
     show_plan,
+    show_sensitivity,
     show_summary,
 )
 
@@ -64,6 +66,10 @@ err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _INTERRUPTED = 130
+_KEPT = {
+    "quantize": "; finished blocks are kept, the same command resumes",
+    "sensitivity": "; what was measured is kept, the same command resumes",
+}
 
 
 class Commands(TyperGroup):
@@ -73,10 +79,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            kept = (
-                "; finished blocks are kept, the same command resumes" if ctx.invoked_subcommand == "quantize" else ""
-            )
-            _fail(f"interrupted{kept}")
+            _fail(f"interrupted{_KEPT.get(ctx.invoked_subcommand, '')}")
             raise typer.Exit(_INTERRUPTED) from None
         except (ElastiqError, OSError) as error:
             if isinstance(error, BrokenPipeError):
@@ -134,6 +137,8 @@ SensitivityName = Annotated[
 Untie = Annotated[
     bool, typer.Option("--untie", help="Let q, k and v, gate and up, and the experts of a layer differ.")
 ]
+Window = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
+FewWindows = Annotated[int, typer.Option(help="Windows of the text.", min=1)]
 Text_ = Annotated[Path, typer.Option("--text", help="Text file to measure on.", show_default=False)]
 
 
@@ -326,25 +331,86 @@ def allocate_command(
         float | None, typer.Option(help="The same counted, scales and zero points included.", show_default=False)
     ] = None,
     size: Size = None,
+    latency: Annotated[
+        str | None, typer.Option(help="Per token on this machine, such as 35ms.", show_default=False)
+    ] = None,
+    max_damage: Annotated[
+        str | None, typer.Option(help="kl=0.05: the smallest map within this damage.", show_default=False)
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Measure the map and the uniform one on --text, take the better.")
+    ] = False,
+    text: Annotated[Path | None, typer.Option(help="Text file to measure maps on.", show_default=False)] = None,
+    window: Window = 512,
+    num_windows: FewWindows = 4,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File for the map.", show_default=False)] = None,
     sensitivity: SensitivityName = None,
     allocator: Annotated[
         str | None, typer.Option(help="How the map is found. (default: integer-programme)", show_default=False)
     ] = None,
     untie: Untie = False,
+    device: Device = "cpu",
     json: Json = None,
 ) -> None:
-    """The best level map within a budget; several limits hold together. Reads no weight."""
+    """The best level map within a budget; several limits hold together. Reads no weight but with --text."""
     budget = Budget(
-        bits=bits, bits_per_weight=bits_per_weight, size=None if size is None else parse_bytes(size)
+        bits=bits,
+        bits_per_weight=bits_per_weight,
+        size=None if size is None else parse_bytes(size),
+        latency=None if latency is None else parse_seconds(latency),
     )
-    found = allocate(checkpoint, budget, sensitivity=sensitivity, allocator=allocator, untie=untie)
+    if verify and text is None:
+        raise typer.BadParameter("--verify measures on a text; give --text FILE")
+    options: dict[str, Any] = {"sensitivity": sensitivity, "allocator": allocator, "untie": untie}
+    options["max_kl"] = None if max_damage is None else _damage(max_damage)
+    with Bars() as progress:
+        if latency is not None:
+            options["table"] = latency_table(checkpoint, untie=untie, device=_device(device), progress=progress)
+        if text is None:
+            found = allocate(checkpoint, budget, **options)
+            result = found.to_dict()
+        else:
+            bench = Bench(checkpoint, text, window=window, num_windows=num_windows, device=_device(device))
+            verdict = allocate_measured(bench, budget, **options)
+            found, result = verdict.allocation, verdict.to_dict()
     if output is not None:
         write_map(output, found.level_map)
-    _write(json, found.to_dict())
+    _write(json, result)
     show_allocation(found)
+    if text is not None:
+        out.print(f"measured on {text.name}: KL divergence {verdict.measured.kl:.4g} from the widest model")
     if out.is_terminal:
         out.print(f"\nnext: elastiq evaluate {checkpoint} --map {output or 'MAP.json'} --text FILE.txt", style="dim")
+
+
+@app.command("sensitivity")
+def sensitivity_command(
+    checkpoint: Checkpoint,
+    method: Annotated[str, typer.Option(help=f"One of {comma(sorted(Step.registry['sensitivity']))}.")] = "kl",
+    text: Annotated[Path | None, typer.Option(help="Text file the model is run on.", show_default=False)] = None,
+    window: Window = 512,
+    num_windows: FewWindows = 4,
+    untie: Untie = False,
+    device: Device = "cpu",
+    restart: Annotated[bool, typer.Option("--restart", help="Measure again what is stored already.")] = False,
+    json: Json = None,
+) -> None:
+    """What every matrix loses at every level, stored beside CHECKPOINT for allocate. Interrupted, it resumes."""
+    with Bars() as progress:
+        measured = measure_sensitivity(
+            checkpoint,
+            method,
+            text,
+            window=window,
+            num_windows=num_windows,
+            untie=untie,
+            device=_device(device),
+            restart=restart,
+            progress=progress,
+        )
+    rows: list[Any] = [{"matrices": names, "losses": {**losses}} for names, losses in measured.groups]
+    _write(json, {"method": dict(measured.method), "text": measured.text, "seconds": measured.seconds, "groups": rows})
+    show_sensitivity(measured)
 
 
 @app.command("frontier")
@@ -520,6 +586,17 @@ def _mean_widths(option: str, text: str) -> list[float]:
     if wrong := [width for width in widths if not 1 <= width <= MAX_BITS]:
         raise typer.BadParameter(f"{wrong[0]:g} is not a width from 1 to {MAX_BITS}", param_hint=option)
     return [int(width) if width == int(width) else width for width in widths]
+
+
+def _damage(text: str) -> float:
+    """The number of `kl=0.05`."""
+    name, _, value = text.partition("=")
+    try:
+        if name.strip() == "kl":
+            return float(value)
+    except ValueError:
+        pass
+    raise typer.BadParameter(f"{text!r} is no bound on damage; write it as kl=0.05", param_hint="--max-damage")
 
 
 def _device(name: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from random_checkpoint import write_random, write_small
 from transformers import AutoModelForCausalLM
 
@@ -27,9 +28,10 @@ from elastiq.allocate import (
     write_stored,
 )
 from elastiq.checkpoint import CheckpointReader
+from elastiq.checkpoint.sizes import held_bytes
 from elastiq.core import Damage, ElastiqError, LevelMap
 from elastiq.models import fused_groups
-from elastiq.runtime import bits_per_weight, bytes_in_memory, nested_matrices
+from elastiq.runtime import NestedMatrix, StoredMatrix, bits_per_weight, bytes_in_memory, nested_matrices
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,17 @@ def test_budgets_are_hard_and_used_up(llama: Path, given: dict[str, float], unit
             extra = float(table.costs[cost][index, choice + 1] - table.costs[cost][index, choice])
             per = {"bits": table.weights, "bits_per_weight": table.weights, "size": 1}[cost]
             assert found.sizes[unit] + extra / per > limit
+
+
+@pytest.mark.parametrize("shape", [(7, 65), (33, 40), (3, 20, 96)])
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_bytes_held_are_counted_exactly(shape: tuple[int, ...], bits: int) -> None:
+    """Shapes that fill no tile."""
+    stored = StoredMatrix("m", "expert" if len(shape) == 3 else "linear", shape, 32, (2, 3, 8))
+    module = NestedMatrix(stored, torch.float32)
+    for plane in range(1, bits + 1):
+        module.hold({name: torch.ones(size, dtype=dtype) for name, (dtype, size) in stored.arrays(plane).items()})
+    assert held_bytes(stored, bits) == sum(buffer.nbytes for buffer in module.buffers())
 
 
 def test_several_limits_hold_together(llama: Path) -> None:

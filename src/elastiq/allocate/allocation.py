@@ -11,7 +11,6 @@ import numpy as np
 
 from .. import allocators as _registered  # noqa: F401  (its import fills the registry)
 from ..checkpoint import CheckpointReader
-from ..checkpoint.sizes import map_sizes
 from ..core import Allocator, Choices, Damage, ElastiqError, LevelMap, Problem, Solution, step_from_dict
 from ..linalg import lagrangian_bound
 from .budget import Budget, check_reachable, spoken
@@ -194,10 +193,7 @@ def _allocation(
         uniform = {"bits": table.levels[fitting[-1]], "loss": flat, "kl": prediction.kl(flat)}
     if all(choice == len(table.levels) - 1 for choice in choices):
         notes = (*notes, "the budget exceeds the widest map there is")
-    sizes = map_sizes(reader, widths) | {"bytes_in_memory": int(table.base_bytes + _bytes(table, choices))}
-    if "latency" in table.costs:
-        seconds = table.costs["latency"][np.arange(len(choices)), list(choices)].sum()
-        sizes["seconds_per_token"] = float(seconds) + table.base_seconds
+    sizes = table.sizes(reader, choices)
     gap = max(0.0, (loss - bound) / loss) if loss > 0 else 0.0
     facts = {
         "checkpoint": reader.path.resolve().name,
@@ -222,7 +218,3 @@ def _allocation(
         uniform=uniform,
         notes=notes,
     )
-
-
-def _bytes(table: Table, choices: Choices) -> float:
-    return float(table.costs["size"][np.arange(len(choices)), list(choices)].sum())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import CheckpointReader
-from ..checkpoint.sizes import base_bytes, held_bytes
+from ..checkpoint.sizes import base_bytes, held_bytes, map_sizes
 from ..core import ElastiqError
 from ..models import fused_groups
 from ..runtime import StoredMatrix
@@ -75,6 +76,12 @@ class Table:
         return {
             name: self.levels[choice] for group, choice in zip(self.groups, choices, strict=True) for name in group
         }
+
+    def sizes(self, reader: CheckpointReader, choices: tuple[int, ...]) -> dict[str, Any]:
+        """`map_sizes` of choices, with this table's base bytes, and seconds_per_token where times were measured."""
+        total = {unit: float(cost[np.arange(len(choices)), list(choices)].sum()) for unit, cost in self.costs.items()}
+        sizes = map_sizes(reader, self.widths(choices)) | {"bytes_in_memory": int(self.base_bytes + total["size"])}
+        return sizes | ({"seconds_per_token": total["latency"] + self.base_seconds} if "latency" in total else {})
 
     def choices(self, widths: Mapping[str, int]) -> tuple[int, ...]:
         """The choices that make `widths`. Raises ElastiqError where a group's matrices differ, or for no level."""

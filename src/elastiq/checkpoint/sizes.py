@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+from ..kernels.matmul.tiles import INPUTS, ROWS
 from ..runtime.stored import StoredMatrix
 from .names import BASE, MADE_LATER, plane_file
 from .reader import CheckpointReader
@@ -48,9 +51,13 @@ def map_bytes(reader: CheckpointReader, widths: Mapping[str, int]) -> int:
 
 
 def held_bytes(matrix: StoredMatrix, bits: int) -> int:
-    """Bytes of the first `bits` planes of a matrix with their scales."""
-    specs = (spec for plane in range(1, bits + 1) for spec in matrix.arrays(plane).values())
-    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs)
+    """Bytes of the first `bits` planes of a matrix with their scales, as a model holds them: in whole tiles."""
+    specs = [spec for plane in range(1, bits + 1) for spec in matrix.arrays(plane).values()]
+    count = 0
+    for dtype, (*experts, rows, columns) in specs:
+        columns += -columns % (INPUTS // 8) if dtype == torch.uint8 else 0
+        count += math.prod(experts) * (rows + -rows % ROWS) * columns * dtype.itemsize
+    return count
 
 
 def _weights(reader: CheckpointReader) -> int:

@@ -36,14 +36,16 @@ class Damage:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known about one matrix (or all experts of one tensor); fields that no step `needs` are None.
+    """What is known about one matrix (or all experts of one tensor, their rows below one another); fields that no step
+    `needs` are None.
 
     levels: the candidates, ascending. errors: relative output error per level, from quantization.
     energy: what a relative error of 1 would move at the output of the matrix's block, as a part of that output.
-    weight: [out, in] float32, the best known. quantized: level -> [out, in]. stats: of the input.
-    gradients: [windows, out, in] of the loss, a window each. trace: of the loss's Hessian, per weight.
-    block_input, block_output: [tokens, hidden] float32, around the decoder block. damage: {matrix: level} for this
-    matrix (others at the reference's level) -> Damage; names: the matrices it lowers together.
+    weight: [out, in] float32 at the widest level. quantized: level -> [out, in]. stats: of the input (experts: none).
+    gradient, fisher: [out, in] mean and mean square of the gradients of the windows' mean losses. trace: of the loss's
+    Hessian. eigenvalue: the largest of the mean of the gradients' outer products. block_input, block_output:
+    [tokens, hidden] float32 around the decoder block, None outside the blocks. damage: level -> what lowering the
+    matrix, and those that share its level, does to the model.
     """
 
     levels: tuple[int, ...]
@@ -52,14 +54,21 @@ class Evidence:
     weight: Tensor | None = None
     quantized: Callable[[int], Tensor] | None = None
     stats: Stats | None = None
-    gradients: Tensor | None = None
+    gradient: Tensor | None = None
+    fisher: Tensor | None = None
     trace: float | None = None
+    eigenvalue: float | None = None
     block_input: Tensor | None = None
     block_output: Tensor | None = None
     damage: Callable[[int], Damage] | None = None
 
+    def change(self, level: int) -> Tensor:
+        """[out, in] of what reading at `level` changes in the weight."""
+        assert self.weight is not None and self.quantized is not None
+        return self.quantized(level) - self.weight
 
-EVIDENCE = frozenset({"weight", "stats", "gradients", "trace", "blocks", "damage"})
+
+EVIDENCE = frozenset({"weight", "stats", "gradient", "fisher", "trace", "eigenvalue", "blocks", "damage"})
 """What a sensitivity may ask for: fields of `Evidence`; `weight` brings `quantized`, `blocks` both ends of a block."""
 
 

@@ -6,7 +6,7 @@ from .inspection import inspect_checkpoint, inspect_model
 from .kinds import kind, short_kinds
 from .record import read_evaluations, write_json
 from .table import level_error, mean_error
-from .text import load_tokenizer
+from .text import load_tokenizer, read_text, windows
 
 __all__ = [
     "checkpoint_files",
@@ -21,6 +21,8 @@ __all__ = [
     "mean_error",
     "megabytes",
     "read_evaluations",
+    "read_text",
     "short_kinds",
+    "windows",
     "write_json",
 ]

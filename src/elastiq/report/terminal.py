@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..allocate import Allocation, Frontier
+from ..allocate import Allocation, Frontier, Measurement
 from ..evaluate import kind, mean_error, megabytes, short_kinds
 from ..export import ExportSummary
 from ..quantize import Plan, Summary
@@ -245,6 +245,24 @@ def show_allocation(found: Allocation) -> None:
         out.print(f"uniform {found.uniform['bits']} bits, the widest within the budget: {flat}")
     for note in found.notes:
         out.print(printable(note))
+
+
+def show_sensitivity(measured: Measurement) -> None:
+    """Mean loss by kind of matrix, and where the most is lost."""
+    levels = sorted(measured.groups[0][1])
+    kinds: dict[str, list[Mapping[int, float]]] = {}
+    for names, losses in measured.groups:
+        kinds.setdefault(" + ".join(kind(name) for name in names), []).append(losses)
+    rows = [
+        [name, str(len(members)), *(f"{sum(m[level] for m in members) / len(members):.3g}" for level in levels)]
+        for name, members in kinds.items()
+    ]
+    _table(["matrices", "count", *(f"{level} bits" for level in levels)], rows, f"mean loss by {measured.name}")
+    worst = sorted(measured.groups, key=lambda group: -group[1][levels[0]])[:5]
+    cells = [[" + ".join(names), *(f"{losses[level]:.3g}" for level in levels)] for names, losses in worst]
+    _table(["matrices", *(f"{level} bits" for level in levels)], cells, "most sensitive")
+    where = "from the level table" if measured.text is None else f"on {measured.text['name']}"
+    out.print(printable(f"{measured.name} {where}, {_duration(measured.seconds)}"))
 
 
 def show_frontier(curve: Frontier) -> None:

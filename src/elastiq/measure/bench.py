@@ -1,0 +1,128 @@
+"""A checkpoint's model with dense weights, whose matrices can be lowered and raised one by one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..checkpoint import CheckpointReader
+from ..core import Damage
+from ..evaluate import load_tokenizer, read_text, windows
+from ..load import load
+from ..runtime import NestedLinear, NestedMatrix, nested_matrices
+
+_KL_ROWS = 512
+"""Positions whose log-probabilities are compared at a time."""
+
+
+class Bench:
+    """The model of a checkpoint at its widest, each matrix decoded once into a dense float32 weight beside its planes.
+
+    `damage` reads any matrices at other widths and measures the predictions against those of the widest model, whose
+    log-probabilities are kept: windows x window x vocabulary floats. ids: [windows, window] of `text`.
+    """
+
+    def __init__(
+        self, path: str | Path, text: str | Path, *, window: int = 512, num_windows: int | None = 4, device: str = "cpu"
+    ) -> None:
+        self.reader = CheckpointReader(path)
+        content = read_text(text)
+        self.ids = windows(content, load_tokenizer(path), window, num_windows, Path(text).name).to(device)
+        self.text: dict[str, Any] = {
+            "name": Path(text).name,
+            "sha256": hashlib.sha256(content.encode()).hexdigest(),
+            "windows": len(self.ids),
+            "window": window,
+        }
+        self.model: nn.Module = load(path, device=device, dtype=torch.float32)
+        self.nested = nested_matrices(self.model)
+        self._widest = {name: matrix.bits for name, matrix in self.nested.items()}
+        self._current = dict(self._widest)
+        for name, matrix in self.nested.items():
+            self._make_dense(name, matrix)
+        self._reference: Tensor | None = None
+        self._reference_nll = 0.0
+
+    def parameter(self, name: str) -> nn.Parameter | None:
+        """The dense weight of a matrix ([experts, out, in] for experts), None for an embedding, which stays nested."""
+        matrix = self.nested[name]
+        if isinstance(matrix, NestedLinear):
+            return self.model.get_parameter(f"{name}.weight")
+        return self.model.get_parameter(name) if matrix.stored.role == "expert" else None
+
+    def decode(self, name: str, bits: int) -> Tensor:
+        """float32 values at a width, in the shape that is stored."""
+        matrix = self.nested[name]
+        before, matrix.bits = matrix.bits, bits
+        try:
+            return matrix.dense()
+        finally:
+            matrix.bits = before
+
+    def damage(self, widths: Mapping[str, int]) -> Damage:
+        """What reading the matrices of `widths` so, and all others at the widest, does to the predictions."""
+        if self._reference is None:
+            self._set({})
+            self._reference, self._reference_nll = self._predict()
+        self._set(widths)
+        kl, nll, count = 0.0, 0.0, 0
+        with torch.inference_mode():
+            for index, ids in enumerate(self.ids):
+                log_q = F.log_softmax(self._logits(ids), dim=-1)
+                nll -= float(log_q.gather(1, ids[1:, None]).sum(dtype=torch.float64))
+                for first in range(0, len(log_q), _KL_ROWS):
+                    log_p = self._reference[index, first : first + _KL_ROWS]
+                    part = log_p.exp() * (log_p - log_q[first : first + _KL_ROWS])
+                    kl += float(part.sum(dtype=torch.float64))
+                count += len(log_q)
+        return Damage(max(0.0, kl / count), nll / count - self._reference_nll)
+
+    @contextmanager
+    def widest(self) -> Iterator[nn.Module]:
+        """The model with every matrix at its widest."""
+        self._set({})
+        yield self.model
+
+    def _predict(self) -> tuple[Tensor, float]:
+        """Log-probabilities [windows, window - 1, vocabulary] and their mean loss."""
+        with torch.inference_mode():
+            kept = torch.stack([F.log_softmax(self._logits(ids), dim=-1) for ids in self.ids])
+            targets = self.ids[:, 1:, None]
+            return kept, -float(kept.gather(2, targets).mean(dtype=torch.float64))
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        return logits.float()
+
+    @torch.no_grad()
+    def _set(self, widths: Mapping[str, int]) -> None:
+        for name, bits in (self._widest | dict(widths)).items():
+            if bits == self._current[name]:
+                continue
+            parameter = self.parameter(name)
+            if parameter is None:
+                self.nested[name].bits = bits
+            else:
+                parameter.copy_(self.decode(name, bits))
+            self._current[name] = bits
+
+    def _make_dense(self, name: str, matrix: NestedMatrix) -> None:
+        """Put an ordinary module in the place of a nested one; embeddings stay nested."""
+        parent_name, _, leaf = name.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        if isinstance(matrix, NestedLinear):
+            linear = nn.Linear(matrix.in_features, matrix.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(matrix.dense(), requires_grad=False)
+            linear.register_parameter("bias", matrix.bias)
+            setattr(parent, leaf, linear)
+        elif matrix.stored.role == "expert":
+            weight = nn.Parameter(matrix.dense(), requires_grad=False)
+            delattr(parent, leaf)
+            parent.register_parameter(leaf, weight)

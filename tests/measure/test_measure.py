@@ -1,0 +1,162 @@
+"""Sensitivities that run the model, and maps that are measured before they are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from random_checkpoint import write_random
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+import elastiq
+import elastiq.measure.sensitivity as module
+from elastiq.allocate import Budget, allocate, read_stored
+from elastiq.checkpoint import CheckpointReader
+from elastiq.core import ElastiqError, Evidence, Step
+from elastiq.measure import Bench, allocate_measured, latency_table, measure_sensitivity
+from elastiq.measure.evidence import gather
+
+TEXT = "".join(f"{i}: the quick brown fox, {i * 7919 % 1000} lazy dogs;\n" for i in range(40))
+LEVELS = (2, 4, 8)
+SMALL = {"window": 24, "num_windows": 2}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "sample.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def make(family: str, tiny_model: Callable[[str], Path], output: Path, **options: Any) -> Path:
+    source = tiny_model(family)
+    write_random(AutoModelForCausalLM.from_pretrained(source), source, output, levels=LEVELS, **options)
+    return output
+
+
+@pytest.fixture
+def checkpoint(tiny_model: Callable[[str], Path], tmp_path: Path) -> Path:
+    return make("llama", tiny_model, tmp_path / "nested")
+
+
+def test_damage_is_that_of_the_loaded_model(checkpoint: Path, text: Path) -> None:
+    """Against a naive twin: two loaded models, one as widths say, in double precision."""
+    bench = Bench(checkpoint, text, **SMALL)
+    name = "model.layers.1.mlp.down_proj"
+    measured = bench.damage({name: 2})
+    full, low = elastiq.load(checkpoint), elastiq.load(checkpoint, bits={name: 2})
+    with torch.no_grad():
+        p, q = (F.log_softmax(m(bench.ids).logits[:, :-1].double(), dim=-1) for m in (full, low))
+    targets = bench.ids[:, 1:, None]
+    assert measured.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert measured.nll == pytest.approx(float((p - q).gather(2, targets).mean()), rel=1e-3, abs=1e-6)
+    assert bench.damage({}).kl == pytest.approx(0.0, abs=1e-9)
+    assert bench.damage({name: 2}) == measured, "lowering and raising again leaves no trace"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_every_method_measures_and_is_kept(
+    family: str, tiny_model: Callable[[str], Path], tmp_path: Path, text: Path
+) -> None:
+    output = make(family, tiny_model, tmp_path / family)
+    for name in sorted(Step.registry["sensitivity"]):
+        measured = measure_sensitivity(output, name, text, **SMALL)
+        assert {m for group, _ in measured.groups for m in group} == CheckpointReader(output).manifest.matrices.keys()
+        found = allocate(output, Budget(bits=3.5), sensitivity=name)
+        assert found.sensitivity == name and found.sizes["mean_bits"] <= 3.5
+    assert not (output / "sensitivity.partial.json").exists()
+    assert set(read_stored(CheckpointReader(output)).uniform) == set(LEVELS)
+
+
+def test_gradients_equal_those_of_finite_differences(checkpoint: Path, text: Path) -> None:
+    bench = Bench(checkpoint, text, window=24, num_windows=1)
+    name = "model.layers.0.mlp.up_proj"
+    known = {name: Evidence(levels=LEVELS, errors=dict.fromkeys(LEVELS, 1.0))}
+    needs = frozenset({"gradient", "fisher", "trace", "eigenvalue"})
+    found = gather(bench, known, {name: 0}, needs, lambda *_: None)[name]
+    assert found.gradient is not None and found.fisher is not None
+    torch.testing.assert_close(found.fisher, found.gradient.square())
+    assert found.eigenvalue == pytest.approx(float(found.fisher.sum()), rel=1e-3), "one window, one direction"
+    direction = found.gradient / found.gradient.norm()
+    parameter = bench.parameter(name)
+    assert parameter is not None and not parameter.requires_grad
+    losses = []
+    for step in (-1e-2, 1e-2):
+        with torch.no_grad():
+            parameter += step * direction
+            logits = bench.model(bench.ids).logits[0, :-1].double()
+            losses.append(float(F.cross_entropy(logits, bench.ids[0, 1:])))
+            parameter -= step * direction
+    assert (losses[1] - losses[0]) / 2e-2 == pytest.approx(float(found.gradient.norm()), rel=1e-2)
+
+
+def test_a_killed_measurement_resumes(checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measure_sensitivity(checkpoint, "kl", text, **SMALL)
+    (checkpoint / "sensitivity.json").unlink()
+    calls: list[tuple[str, ...]] = []
+    lower = module._lower
+
+    def dying(bench: Bench, group: tuple[str, ...], level: int) -> Any:
+        calls.append(group)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return lower(bench, group, level)
+
+    monkeypatch.setattr(module, "_lower", dying)
+    with pytest.raises(KeyboardInterrupt):
+        measure_sensitivity(checkpoint, "kl", text, **SMALL)
+    assert len(set(calls[:6])) == 2, "three levels each"
+    again = measure_sensitivity(checkpoint, "kl", text, **SMALL)
+    assert again.groups == whole.groups and not set(calls[:6]) & set(calls[8:])
+    count = len(calls)
+    assert measure_sensitivity(checkpoint, "kl", text, **SMALL) == again and len(calls) == count
+
+
+def test_untied_measurements_and_their_limits(checkpoint: Path, text: Path) -> None:
+    measure_sensitivity(checkpoint, "kl", text, **SMALL)
+    with pytest.raises(ElastiqError, match="were measured together; measure again with --untie"):
+        allocate(checkpoint, Budget(bits=3.5), untie=True)
+    measure_sensitivity(checkpoint, "kl", text, untie=True, **SMALL)
+    assert allocate(checkpoint, Budget(bits=3.5), untie=True).sensitivity == "kl"
+    with pytest.raises(ElastiqError, match="give a text with --text"):
+        measure_sensitivity(checkpoint, "kl")
+
+
+def test_verified_maps_are_not_worse_than_uniform(checkpoint: Path, text: Path) -> None:
+    bench = Bench(checkpoint, text, **SMALL)
+    verdict = allocate_measured(bench, Budget(bits=4.0), allocator="random", sensitivity="output-error")
+    assert verdict.uniform is not None and verdict.measured.kl <= verdict.uniform.kl
+    assert bench.damage(verdict.allocation.level_map.widths).kl == pytest.approx(verdict.measured.kl)
+    assert any(note.startswith("measured,") for note in verdict.allocation.notes)
+    evolved = allocate_measured(bench, Budget(bits=4.0), allocator="evolutionary", sensitivity="output-error")
+    assert evolved.measured.kl <= verdict.measured.kl
+
+
+def test_damage_is_bounded_as_measured(checkpoint: Path, text: Path) -> None:
+    measure_sensitivity(checkpoint, "kl", text, **SMALL)
+    bench = Bench(checkpoint, text, **SMALL)
+    limit = 0.5 * bench.damage(dict.fromkeys(bench.nested, 4)).kl
+    verdict = allocate_measured(bench, Budget(), max_kl=limit)
+    assert verdict.measured.kl <= limit
+    assert verdict.allocation.sizes["mean_bits"] < 8
+
+
+def test_latency_budgets(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    table = latency_table(checkpoint)
+    (file,) = (tmp_path / "cache" / "elastiq" / "latency").iterdir()
+    stamp = file.stat().st_mtime_ns
+    again = latency_table(checkpoint)
+    assert file.stat().st_mtime_ns == stamp and (again.costs["latency"] == table.costs["latency"]).all()
+    seconds = table.costs["latency"].sum(axis=0) + table.base_seconds
+    limit = float(seconds[0] + seconds[-1]) / 2
+    found = allocate(checkpoint, Budget(latency=limit, bits=7.5), table=table)
+    assert found.sizes["seconds_per_token"] <= limit
+    with pytest.raises(ElastiqError, match=r"less than the smallest map, which takes .* ms"):
+        allocate(checkpoint, Budget(latency=1e-9), table=table)
+    with pytest.raises(ElastiqError, match="a latency needs measured times"):
+        allocate(checkpoint, Budget(latency=1.0))
