@@ -1,6 +1,4 @@
 // Python binding: plain integers are the data pointers of contiguous tensors that the caller has checked.
-#include <nanobind/nanobind.h>
-#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cmath>
@@ -8,11 +6,62 @@
 #include <string>
 #include <vector>
 
+#include "binding.hpp"
 #include "columns.hpp"
-#include "matmul.hpp"
 
-namespace nb = nanobind;
 using namespace elastiq;
+
+namespace elastiq {
+
+const MatmulFunctions& matmul_functions(const std::string& path) {
+#if defined(__x86_64__)
+  if (path == "avx512_gfni") return matmul_gfni;
+  if (path == "avx512_vnni") return matmul_vnni;
+  if (path == "avx512" || path == "avx2") return matmul_avx2;
+#endif
+  if (path == "portable") return matmul_portable;
+  throw std::invalid_argument("unknown path " + path);
+}
+
+const StepFunctions& step_functions(const std::string& path) {
+#if defined(__x86_64__)
+  if (path.rfind("avx512", 0) == 0 || path == "amx") return steps_avx512;
+  if (path == "avx2") return steps_avx2;
+#endif
+  if (path == "portable") return steps_portable;
+  throw std::invalid_argument("unknown path " + path);
+}
+
+Weight weight_of(nb::handle description) {
+  const nb::tuple fields = nb::cast<nb::tuple>(description);
+  const nb::tuple planes = nb::cast<nb::tuple>(fields[0]);
+  Weight w{};
+  w.bits = int(planes.size());
+  if (w.bits < 1 || w.bits > kMaxBits) throw std::invalid_argument("between 1 and 8 planes are needed");
+  for (int p = 0; p < w.bits; ++p) {
+    const uintptr_t address = nb::cast<uintptr_t>(planes[p]);
+    if (address % kTileBytes) throw std::invalid_argument("planes must begin at a multiple of 64 bytes");
+    w.plane[p] = pointer<const uint8_t>(address);
+  }
+  w.scale = pointer<const uint16_t>(nb::cast<uintptr_t>(fields[1]));
+  w.zero = pointer<const uint16_t>(nb::cast<uintptr_t>(fields[2]));
+  const int level = nb::cast<int>(fields[3]);
+  w.out_features = nb::cast<int>(fields[4]);
+  w.in_features = nb::cast<int>(fields[5]);
+  w.group_size = nb::cast<int>(fields[6]);
+  if (level < 1 || level > kMaxBits || w.out_features < 1 || w.in_features < 1 || w.group_size < 1)
+    throw std::invalid_argument("a level from 1 to 8, features and a group size are needed");
+  w.factor = std::ldexp(1.0f, level - w.bits);
+  w.zero_factor = std::ldexp(1.0f, w.bits - level);
+  w.zero_shift = 0.5f * w.zero_factor - 0.5f;
+  w.middle = float((1 << level) - 1) * 0.5f * w.zero_factor + w.zero_shift;
+  w.blocks = (w.out_features + kTileRows - 1) / kTileRows;
+  w.tiles = (w.in_features + kTileInputs - 1) / kTileInputs;
+  w.groups = (w.in_features - 1) / w.group_size + 1;
+  return w;
+}
+
+}  // namespace elastiq
 
 namespace {
 
@@ -43,21 +92,6 @@ const Functions& functions(const std::string& path) {
   throw std::invalid_argument("unknown path " + path);
 }
 
-const MatmulFunctions& matmul_functions(const std::string& path) {
-#if defined(__x86_64__)
-  if (path == "avx512_gfni") return matmul_gfni;
-  if (path == "avx512_vnni") return matmul_vnni;
-  if (path == "avx512" || path == "avx2") return matmul_avx2;
-#endif
-  if (path == "portable") return matmul_portable;
-  throw std::invalid_argument("unknown path " + path);
-}
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 Nest nest_of(const std::vector<int>& bits, const std::vector<float>& lambda, int beam, int keep) {
   if (keep < 0 || bits.empty() || bits.size() > kMaxLevels || lambda.size() != bits.size() || beam < 1 || beam > kMaxBeam)
     throw std::invalid_argument("between 1 and 8 levels, one lambda each, and a beam of 1 to 16 are needed");
@@ -71,36 +105,6 @@ Nest nest_of(const std::vector<int>& bits, const std::vector<float>& lambda, int
     nest.lambda[i] = lambda[i];
   }
   return nest;
-}
-
-// (planes, scale, zero or 0, level of the scale, out_features, in_features, group_size), as Python describes a matrix.
-Weight weight_of(nb::handle description) {
-  const nb::tuple fields = nb::cast<nb::tuple>(description);
-  const nb::tuple planes = nb::cast<nb::tuple>(fields[0]);
-  Weight w{};
-  w.bits = int(planes.size());
-  if (w.bits < 1 || w.bits > kMaxBits) throw std::invalid_argument("between 1 and 8 planes are needed");
-  for (int p = 0; p < w.bits; ++p) {
-    const uintptr_t address = nb::cast<uintptr_t>(planes[p]);
-    if (address % kTileBytes) throw std::invalid_argument("planes must begin at a multiple of 64 bytes");
-    w.plane[p] = pointer<const uint8_t>(address);
-  }
-  w.scale = pointer<const uint16_t>(nb::cast<uintptr_t>(fields[1]));
-  w.zero = pointer<const uint16_t>(nb::cast<uintptr_t>(fields[2]));
-  const int level = nb::cast<int>(fields[3]);
-  w.out_features = nb::cast<int>(fields[4]);
-  w.in_features = nb::cast<int>(fields[5]);
-  w.group_size = nb::cast<int>(fields[6]);
-  if (level < 1 || level > kMaxBits || w.out_features < 1 || w.in_features < 1 || w.group_size < 1)
-    throw std::invalid_argument("a level from 1 to 8, features and a group size are needed");
-  w.factor = std::ldexp(1.0f, level - w.bits);
-  w.zero_factor = std::ldexp(1.0f, w.bits - level);
-  w.zero_shift = 0.5f * w.zero_factor - 0.5f;
-  w.middle = float((1 << level) - 1) * 0.5f * w.zero_factor + w.zero_shift;
-  w.blocks = (w.out_features + kTileRows - 1) / kTileRows;
-  w.tiles = (w.in_features + kTileInputs - 1) / kTileInputs;
-  w.groups = (w.in_features - 1) / w.group_size + 1;
-  return w;
 }
 
 // Memory for activations, kept by each thread that calls.
@@ -150,6 +154,7 @@ void decode(const std::string& path, const nb::tuple& matrix, uintptr_t rows, in
 }  // namespace
 
 NB_MODULE(_native, m) {
+  bind_decoder(m);
   m.def("product", &product);
   m.def("decode", &decode);
   m.def("tile", [](uintptr_t plane, int64_t rows, int64_t row_bytes, uintptr_t tiles, int threads) {

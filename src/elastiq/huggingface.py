@@ -22,7 +22,7 @@ from .checkpoint.names import BASE, CHECKSUMS, QUANT_METHOD, plane_file
 from .checkpoint.tensors import read_header
 from .core import ElastiqError
 from .load import Widths, attach, untie_stored
-from .runtime import nested_matrices, swap
+from .runtime import accelerate, nested_matrices, swap
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -111,6 +111,7 @@ class ElastiqQuantizer(HfQuantizer):
                 embedding.embed_scale = torch.tensor(scale, device=embedding.weight.device)
         if self._reader is not None:
             attach(model, self._reader)
+        accelerate(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:

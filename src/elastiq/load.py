@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from .allocate import Budget, Table, allocate, parse_bytes, read_map
 from .checkpoint import CheckpointReader
 from .core import ElastiqError, LevelMap
-from .runtime import NestedMatrix, bits_per_weight, bytes_in_memory, nested_matrices, swap
+from .runtime import NestedMatrix, accelerate, bits_per_weight, bytes_in_memory, nested_matrices, swap
 
 __all__ = ["bits_per_weight", "bytes_in_memory", "load", "set_bits"]
 
@@ -73,7 +73,9 @@ def load(
     if (reader.path / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(reader.path)
     attach(model, reader)
-    return cast(PreTrainedModel, nn.Module.to(model, torch.device(device)))
+    nn.Module.to(model, torch.device(device))
+    accelerate(model)
+    return model
 
 
 def attach(model: PreTrainedModel, reader: CheckpointReader) -> None:

@@ -1,5 +1,6 @@
 """Modules that run on packed bit planes."""
 
+from .decoder import accelerate
 from .embedding import NestedEmbedding
 from .experts import NestedExperts
 from .linear import NestedLinear, TiedHead
@@ -14,6 +15,7 @@ __all__ = [
     "NestedMatrix",
     "StoredMatrix",
     "TiedHead",
+    "accelerate",
     "bits_per_weight",
     "bytes_in_memory",
     "nested_matrices",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import ElastiqError
-from ..kernels.matmul import decode, matmul, tile_plane, tile_scale, untile_plane, untile_scale
+from ..kernels.matmul import TiledWeight, decode, matmul, tile_plane, tile_scale, untile_plane, untile_scale
 from .stored import StoredMatrix, plane_array, readable_widths
 
 
@@ -25,6 +25,8 @@ class NestedMatrix(nn.Module):
 
     _like: Tensor
     activations = "int16"
+    changes = 0
+    """How often any matrix has got planes, another width or another place, for code that keeps addresses of planes."""
 
     def __init__(self, stored: StoredMatrix, dtype: torch.dtype) -> None:
         super().__init__()
@@ -57,6 +59,7 @@ class NestedMatrix(nn.Module):
                 "use elastiq.set_bits, which reads missing planes"
             )
         self._bits = bits
+        NestedMatrix.changes += 1
 
     def hold(self, arrays: dict[str, Tensor]) -> None:
         """Take the arrays of the next plane. Raises ElastiqError if they are not exactly those of that plane."""
@@ -68,6 +71,7 @@ class NestedMatrix(nn.Module):
             order = tile_plane if array.dtype == torch.uint8 else tile_scale
             self.register_buffer(name, order(array.to(self._like.device)))
         self._planes += 1
+        NestedMatrix.changes += 1
 
     def arrays(self) -> dict[str, Tensor]:
         """All that `hold` was given, by short name and in the checkpoint's order."""
@@ -104,6 +108,11 @@ class NestedMatrix(nn.Module):
         stored = self.stored
         return matmul(x, planes, scale, zero_point, bias, level, stored.shape[0], stored.group_size, self.activations)
 
+    def tiled(self) -> TiledWeight:
+        """The matrix [out, in] at `bits` as products read it; its arrays are those held here."""
+        out_features, in_features = self.stored.shape
+        return TiledWeight(*self._read(), out_features, in_features, self.stored.group_size)
+
     def read_arrays(self) -> list[Tensor]:
         """The arrays that reading at `bits` touches."""
         names = [plane_array(plane) for plane in range(1, self._bits + 1)]
@@ -127,6 +136,7 @@ class NestedMatrix(nn.Module):
                 return fn(tensor.view(torch.int16)).view(torch.float16)
             return fn(tensor)
 
+        NestedMatrix.changes += 1
         return super()._apply(keep_half, recurse)
 
     def extra_repr(self) -> str:

@@ -43,7 +43,7 @@ def decode(weight: TiledWeight, rows: Tensor | None = None, dtype: torch.dtype =
     if count == 0:
         return values
     native.module.decode(  # type: ignore[union-attr]
-        native.current(), _described(weight), 0 if rows is None else rows.data_ptr(), count, values.data_ptr(),
+        native.current(), described(weight), 0 if rows is None else rows.data_ptr(), count, values.data_ptr(),
         DTYPES[dtype], torch.get_num_threads(),
     )  # fmt: skip
     return values
@@ -87,7 +87,7 @@ def matmul_shared(
         result = x.new_empty((*x.shape[:-1], weight.out_features))
         if bias is not None:
             held.append(bias := bias.to(x.dtype).contiguous())
-        matrices.append((_described(weight), result.data_ptr(), 0 if bias is None else bias.data_ptr()))
+        matrices.append((described(weight), result.data_ptr(), 0 if bias is None else bias.data_ptr()))
         results.append(result)
     native.module.product(  # type: ignore[union-attr]
         native.current(), matrices, x.data_ptr(), DTYPES[x.dtype], tokens, digits, torch.get_num_threads()
@@ -95,7 +95,8 @@ def matmul_shared(
     return results
 
 
-def _described(weight: TiledWeight) -> tuple[object, ...]:
+def described(weight: TiledWeight) -> tuple[object, ...]:
+    """A checked weight as compiled code takes it: addresses, so the weight's arrays must outlive their use."""
     zero_point = weight.zero_point
     return (
         tuple([plane.data_ptr() for plane in weight.planes]), weight.scale.data_ptr(),

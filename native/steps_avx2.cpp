@@ -1,0 +1,2 @@
+#define ELASTIQ_TARGET steps_avx2
+#include "steps.inl"

@@ -1,0 +1,2 @@
+#define ELASTIQ_TARGET steps_avx512
+#include "steps.inl"

@@ -1,0 +1,2 @@
+#define ELASTIQ_TARGET steps_portable
+#include "steps.inl"

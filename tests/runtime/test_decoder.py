@@ -1,0 +1,224 @@
+"""The compiled way of a token gives what the modules give, or is not taken."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from random_checkpoint import write_random
+from tiny import make_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import elastiq
+from elastiq.linalg import native
+
+PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89]])
+TOKENS = [79, 32, 38, 46, 26, 43]
+PLAIN = ("llama", "qwen2", "qwen3")
+
+pytestmark = pytest.mark.skipif(native.module is None, reason="compiled code is absent")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[tuple[str, bool], Path] = {}
+
+    def checkpoint(family: str, embeddings: bool = True) -> Path:
+        key = (family, embeddings)
+        if key not in made:
+            root = tmp_path_factory.mktemp(family)
+            source = make_model(family, root / "model")
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+            write_random(model, source, root / "nested", embeddings=embeddings)
+            made[key] = root / "nested"
+        return made[key]
+
+    return checkpoint
+
+
+@pytest.fixture
+def llama(checkpoints: Any) -> Any:
+    return elastiq.load(checkpoints("llama"), bits=4, max_bits=8)
+
+
+@pytest.fixture(autouse=True)
+def default_path() -> Iterator[None]:
+    yield
+    native.use(None)
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: list[int] = TOKENS, cache: Any = None, **arguments: Any) -> Tensor:
+    """[tokens, vocabulary] of `tokens` given one by one after the prompt."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    model(PROMPT, past_key_values=cache)
+    rows = [model(torch.tensor([[token]]), past_key_values=cache, **arguments).logits[0, -1] for token in tokens]
+    return torch.stack(rows)
+
+
+def reference(model: Any, tokens: list[int] = TOKENS) -> Tensor:
+    """The same from the modules alone, in plain torch."""
+    native.use("torch")
+    expected = logits(model, tokens)
+    native.use(None)
+    return expected
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).norm() < 1e-3 * b.norm())
+
+
+def step(model: Any) -> Any:
+    return model.model.compiled_step
+
+
+@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_logits_are_those_of_the_modules(checkpoints: Any, family: str, embeddings: bool) -> None:
+    model = elastiq.load(checkpoints(family, embeddings), bits=6)
+    assert close(logits(model), reference(model))
+    assert step(model).equal is False  # of the last run, in plain torch
+    logits(model)
+    assert step(model).equal
+
+
+@pytest.mark.parametrize("path", native.paths()[:-1])
+@pytest.mark.parametrize("activations", ["int16", "float"])
+def test_every_path(llama: Any, path: str, activations: str) -> None:
+    expected = reference(llama)
+    for matrix in llama.model.modules():
+        if hasattr(matrix, "activations"):
+            matrix.activations = activations
+    native.use(path)
+    assert close(logits(llama), expected)
+    assert step(llama).equal
+
+
+def test_a_long_past_and_threads(llama: Any) -> None:
+    cache = DynamicCache(config=llama.config)
+    states = torch.randn(2, 1, 2, 241, 16, generator=torch.Generator().manual_seed(0))
+    for layer in range(2):
+        cache.update(*states, layer)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(logits(llama, TOKENS, copy.deepcopy(cache)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
+    native.use("torch")
+    assert close(found[0], logits(llama, TOKENS, cache))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral", "phi3", "gpt2", "mixtral"])
+def test_other_structures_keep_their_own_code(checkpoints: Any, family: str) -> None:
+    model = elastiq.load(checkpoints(family, False), bits=4)
+    assert not any(hasattr(module, "compiled_step") for module in model.modules())
+
+
+def test_a_decoder_that_computes_something_else_is_found_out(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = type(llama.model.layers[0])
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, x, **kwargs: x + 1.1 * (forward(self, x, **kwargs) - x))
+    found = logits(llama)
+    assert step(llama).equal is False
+    assert close(found, reference(llama))
+
+
+def test_a_changed_model_is_compiled_anew(llama: Any) -> None:
+    before = logits(llama)
+    first = step(llama)
+    assert close(logits(llama), before) and step(llama) is first
+    elastiq.set_bits(llama, 2)
+    assert close(logits(llama), reference(llama)) and not close(logits(llama), before)
+    elastiq.set_bits(llama, {"model.layers.1.mlp.down_proj": 8, "model.layers.0.self_attn.k_proj": 1})
+    assert close(logits(llama), reference(llama))
+    llama.model.layers[0].input_layernorm.weight = torch.nn.Parameter(torch.full((64,), 0.3), requires_grad=False)
+    assert close(logits(llama), reference(llama))
+    with torch.no_grad():
+        llama.model.layers[1].post_attention_layernorm.weight.mul_(2)
+    assert close(logits(llama), reference(llama))
+
+
+def test_hooks_and_strange_modules_are_called(llama: Any) -> None:
+    expected = logits(llama)
+    seen = []
+    handle = llama.model.layers[1].mlp.register_forward_hook(lambda *args: seen.append(1))
+    assert close(logits(llama), expected) and len(seen) == 1 + len(TOKENS)
+    handle.remove()
+    inner = llama.model.layers[0].mlp.up_proj
+    llama.model.layers[0].mlp.up_proj = torch.nn.Sequential(inner, torch.nn.Tanh())
+    changed = logits(llama)
+    assert not close(changed, expected) and close(changed, reference(llama))
+
+
+def test_arguments_beyond_a_token_are_answered(llama: Any) -> None:
+    expected = logits(llama)
+    cache = DynamicCache(config=llama.config)
+    with torch.no_grad():
+        llama(PROMPT, past_key_values=cache)
+        token = torch.tensor([TOKENS[:1]])
+        mask = torch.ones(1, 8, dtype=torch.long)
+        hidden = llama(token, past_key_values=cache, attention_mask=mask, output_hidden_states=True)
+        assert len(hidden.hidden_states) == 3
+        cache.crop(-1)
+        assert isinstance(llama(token, past_key_values=cache, return_dict=False), tuple)
+        cache.crop(-1)
+        embedded = llama.model.embed_tokens(token)
+        assert close(llama(inputs_embeds=embedded, past_key_values=cache).logits[0], expected[:1])
+        cache.crop(-1)
+        mask[0, :3] = 0
+        native.use("torch")
+        masked = llama(token, past_key_values=cache, attention_mask=mask).logits
+        native.use(None)
+        cache.crop(-1)
+        assert close(llama(token, past_key_values=cache, attention_mask=mask).logits, masked)
+        assert not close(masked[0], expected[:1])
+
+
+def test_what_is_not_finite_stays_so(llama: Any) -> None:
+    cache = DynamicCache(config=llama.config)
+    logits(llama, cache=cache)
+    embedded = llama.model.embed_tokens(torch.tensor([[5]])).clone()
+    embedded[0, 0, 3] = float("nan")
+    with torch.no_grad():
+        assert llama(inputs_embeds=embedded, past_key_values=cache).logits.isnan().all()
+
+
+def test_generate_of_transformers_goes_through_it(llama: Any) -> None:
+    ours = list(elastiq.generate(llama, PROMPT, max_new_tokens=20, stop=()))
+    assert step(llama).equal
+    theirs = llama.generate(PROMPT, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert theirs[0, PROMPT.shape[1] :].tolist() == ours
+    beams = llama.generate(PROMPT, max_new_tokens=6, num_beams=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert beams.shape == (1, 13)
+
+
+def test_copies_have_their_own(llama: Any) -> None:
+    expected = logits(llama)
+    for twin in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama.model))):
+        decoder = getattr(twin, "model", twin)
+        assert decoder.compiled_step is None
+        for parameter in decoder.parameters():
+            parameter.zero_()
+        assert close(logits(llama), expected)
+
+
+def test_the_boundary_refuses_what_it_cannot_hold(llama: Any) -> None:
+    logits(llama)
+    compiled = step(llama)._compiled
+    path = native.current()
+    with pytest.raises(ValueError, match="no room for a token"):
+        compiled.step(path, 2, [1, 1, 1, 1], [8, 8], 8, 1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="keys and values of every block"):
+        compiled.step(path, 2, [1, 1], [8], 1, 1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="multiples of 16 channels"):
+        native.module.Decoder([4, 2, 24, 24], 1.0, 64, 96, 1e-5, 1, [])  # type: ignore[union-attr]
