@@ -9,15 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 from random_checkpoint import write_random
+from safetensors.torch import load_file
 from tiny import build_model, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import elastiq
 from elastiq import ElastiqError, embedded
+from elastiq.checkpoint import CheckpointReader
+from elastiq.checkpoint.bit_stream import pack_stream, unpack_stream
+from elastiq.checkpoint.export_compressed import compressed_dense
+from elastiq.checkpoint.export_integer import refit
+from elastiq.checkpoint.view import GridCodes, View
 from elastiq.cli import app
-from elastiq.export import GGUF, TARGETS, HuggingFace, export
+from elastiq.export import GGUF, TARGETS, AWQDirectory, CompressedTensors, GPTQDirectory, HuggingFace, export
+from elastiq.runtime import nested_matrices
 
+ARRAYS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 IDS = torch.arange(40).reshape(2, 20) * 3
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
 
@@ -107,6 +115,129 @@ def test_gguf_carries_the_tokenizer(tmp_path: Path) -> None:
     assert tokenizer.eos_token == own.eos_token
 
 
+def canonical_stream(words: torch.Tensor, bits: int, count: int) -> list[int]:
+    """Codes of one row of words, read as one long number."""
+    number = sum((int(word) & 0xFFFFFFFF) << (32 * index) for index, word in enumerate(words))
+    return [(number >> (bits * index)) & (2**bits - 1) for index in range(count)]
+
+
+def test_streams_are_dense_and_reversible() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for bits in range(1, 9):
+        codes = torch.randint(0, 2**bits, (3, 70), generator=generator, dtype=torch.uint8)
+        words = pack_stream(codes, bits)
+        assert words.shape == (3, -(-70 * bits // 32))
+        assert canonical_stream(words[1], bits, 70) == codes[1].tolist()
+        assert torch.equal(unpack_stream(words, bits, 70), codes)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_as_its_layout_says(
+    checkpoint: Callable[..., Path], tmp_path: Path, version: int, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One column of one matrix, unpacked in plain Python."""
+    monkeypatch.setattr("elastiq.export.MOST_DIFFERENT", 5.0)  # a random model feels whole zero points at two bits
+    export(checkpoint(), tmp_path / "out", GPTQDirectory(version=version), bits)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["checkpoint_format"] == {1: "gptq", 2: "gptq_v2"}[version] and config["bits"] == bits
+    arrays, name, column = load_file(tmp_path / "out/model.safetensors"), "model.layers.0.mlp.up_proj", 5
+    codes = canonical_stream(arrays[f"{name}.qweight"][:, column], bits, 64)
+    values = []
+    for channel, code in enumerate(codes):
+        group = int(arrays[f"{name}.g_idx"][channel])
+        zero = canonical_stream(arrays[f"{name}.qzeros"][group], bits, 96)[column] + (version == 1)
+        values.append(float(arrays[f"{name}.scales"][group, column]) * (code - zero))
+    wanted = nested_matrices(elastiq.load(checkpoint(), bits))[name].dense()[column]
+    assert difference(torch.tensor(values), wanted) < {2: 0.5, 3: 0.25, 4: 0.12, 8: 0.01}[bits]
+
+
+def test_gptq_map_names_its_exceptions(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    names = CheckpointReader(checkpoint()).manifest.matrices
+    widths = dict.fromkeys(names, 4) | {"model.layers.0.mlp.up_proj": 8}
+    export(checkpoint(), tmp_path / "out", GPTQDirectory(), widths)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["bits"] == 4
+    assert config["dynamic"] == {r"+:^model\.layers\.0\.mlp\.up_proj$": {"bits": 8}}
+
+
+def test_awq_as_its_layout_says(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    export(checkpoint(), tmp_path / "out", AWQDirectory(), 4)
+    arrays, name = load_file(tmp_path / "out/model.safetensors"), "model.layers.1.mlp.down_proj"
+
+    def nibble(words: torch.Tensor, column: int) -> int:
+        place = [0, 2, 4, 6, 1, 3, 5, 7].index(column % 8)
+        return int(words[column // 8]) >> (4 * place) & 15
+
+    column = 13
+    values = torch.tensor([
+        float(arrays[f"{name}.scales"][i // 32, column])
+        * (nibble(arrays[f"{name}.qweight"][i], column) - nibble(arrays[f"{name}.qzeros"][i // 32], column))
+        for i in range(96)
+    ])  # fmt: skip
+    assert difference(values, nested_matrices(elastiq.load(checkpoint(), 4))[name].dense()[column]) < 0.12
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), [(2, False), (3, False), (4, False), (4, True), (5, False), (8, True)])
+def test_compressed_tensors_unpacks_what_was_meant(
+    checkpoint: Callable[..., Path], tmp_path: Path, bits: int, asymmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the package itself, for every matrix."""
+    helpers = pytest.importorskip(
+        "compressed_tensors.compressors.pack_quantized.helpers", reason="compressed-tensors is not installed"
+    )
+    monkeypatch.setattr("elastiq.export.MOST_DIFFERENT", 5.0)  # a random model's levels are unrelated
+    export(checkpoint(), tmp_path / "out", CompressedTensors(asymmetric=asymmetric), bits)
+    arrays = load_file(tmp_path / "out/model.safetensors")
+    packed = [name.removesuffix(".weight_packed") for name in arrays if name.endswith(".weight_packed")]
+    assert len(packed) == 14
+    for name in packed:
+        own = {short: arrays.get(f"{name}.{short}") for short in ARRAYS}
+        shape = torch.Size(own["weight_shape"].tolist())
+        codes = helpers.unpack_from_int32(own["weight_packed"], bits, shape).float()
+        scale = own["weight_scale"].float().repeat_interleave(32, 1)
+        zero = torch.zeros_like(scale)
+        if asymmetric:
+            groups = torch.Size([shape[0], shape[1] // 32])
+            zero = helpers.unpack_from_int32(own["weight_zero_point"], bits, groups, packed_dim=0).float()
+            zero = zero.repeat_interleave(32, 1)
+        held = {short: array for short, array in own.items() if array is not None}
+        assert torch.allclose((codes - zero) * scale, compressed_dense(held, bits), rtol=1e-6)
+
+
+def test_compressed_tensors_in_transformers(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    monkeypatch.setattr("elastiq.export.MOST_DIFFERENT", 5.0)  # zero points of a random model do not go without loss
+    widths = dict.fromkeys(CheckpointReader(checkpoint()).manifest.matrices, 4) | {"model.layers.0.mlp.up_proj": 8}
+    for given in (4, widths):
+        path = tmp_path / str(type(given).__name__)
+        target = CompressedTensors()
+        export(checkpoint(), path, target, given)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        dense = target.open(path, View(CheckpointReader(checkpoint()), given))
+        assert difference(logits(model), logits(dense)) < 1e-3
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_refit_is_near_the_best_of_a_fine_search(symmetric: bool) -> None:
+    """Each group against every whole zero point and 400 scales, in double precision."""
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(0, 16, (4, 64), generator=generator, dtype=torch.uint8)
+    scale = 0.02 + 0.01 * torch.rand(4, 2, generator=generator)
+    source = GridCodes(codes, scale, 7 + torch.rand(4, 2, generator=generator), 32, 4)
+    found = refit(source, 4, symmetric)
+    x, held = source.dense().double().unflatten(-1, (-1, 32)), found.dense().double().unflatten(-1, (-1, 32))
+    best = torch.full((4, 2), torch.inf, dtype=torch.float64)
+    for zero in (8,) if symmetric else range(16):
+        for factor in torch.linspace(0.5, 1.5, 400).tolist():
+            step = (scale.double() * factor).unsqueeze(-1)
+            tried = ((x / step).round() + zero).clamp(0, 15) - zero
+            best = torch.minimum(best, (tried * step - x).square().sum(-1))
+    assert ((held - x).square().sum(-1) <= 1.1 * best + 1e-9).all()
+
+
 def test_exact_is_kept_or_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed")
     with pytest.raises(ElastiqError, match=r"at 4 bits is not held exactly by Q8_0 .*leave --exact out"):
@@ -138,6 +269,7 @@ def test_nothing_half_written(
     [
         ("qwen3_moe", GGUF(), "the architecture 'qwen3_moe' cannot be written; known: gemma2, gpt2, llama"),
         ("llama", GGUF("Q9_Z"), "unknown type Q9_Z; known: Q8_0"),
+        ("gpt2", GPTQDirectory(), "c_attn is no ordinary linear layer; export to hf or gguf"),
     ],
 )
 def test_refusals(checkpoint: Callable[..., Path], tmp_path: Path, family: str, target: GGUF, message: str) -> None:

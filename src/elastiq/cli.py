@@ -113,6 +113,9 @@ class Inputs(StrEnum):
 
 class Format(StrEnum):
     gguf = "gguf"
+    gptq = "gptq"
+    awq = "awq"
+    compressed_tensors = "compressed-tensors"
     hf = "hf"
 
 
@@ -510,6 +513,10 @@ def export_command(
         str | None,
         typer.Option(help="gguf: type of all matrices, such as Q4_K. (default: by width)", show_default=False),
     ] = None,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="compressed-tensors: keep zero points (4 and 8 bits).")
+    ] = False,
+    version: Annotated[int, typer.Option(help="gptq: 1 is read everywhere, 2 by newer readers.", min=1, max=2)] = 1,
     exact: Annotated[
         bool, typer.Option("--exact", help="Refuse where the format cannot hold the codes exactly.")
     ] = False,
@@ -520,7 +527,11 @@ def export_command(
         raise typer.BadParameter("give one of --bits and --map")
     if type is not None and to is not Format.gguf:
         raise typer.BadParameter(f"--type belongs to --to gguf, not to {to.value}")
+    if asymmetric and to is not Format.compressed_tensors:
+        raise typer.BadParameter(f"--asymmetric belongs to --to compressed-tensors, not to {to.value}")
     settings: dict[str, Any] = {"exact": exact} | ({} if type is None else {"type": type.upper()})
+    settings |= {"asymmetric": True} if asymmetric else {}
+    settings |= {"version": version} if to is Format.gptq else {}
     widths = int(bits) if bits is not None and bits == int(bits) else bits
     target = TARGETS[to.value](**settings)
     summary = export(checkpoint, output, target, widths if level_map is None else level_map)

@@ -10,14 +10,26 @@ import torch
 
 from .checkpoint import CheckpointReader
 from .checkpoint.export import Exported, Target, write_aside
+from .checkpoint.export_awq import AWQDirectory
+from .checkpoint.export_compressed import CompressedTensors
 from .checkpoint.export_gguf import GGUF
+from .checkpoint.export_gptq import GPTQDirectory
 from .checkpoint.export_hf import HuggingFace
 from .checkpoint.view import View
 from .core import ElastiqError
 from .load import Widths, load, map_widths
 
 TARGETS = Target.registry
-__all__ = ["GGUF", "TARGETS", "ExportSummary", "HuggingFace", "export"]
+__all__ = [
+    "GGUF",
+    "TARGETS",
+    "AWQDirectory",
+    "CompressedTensors",
+    "ExportSummary",
+    "GPTQDirectory",
+    "HuggingFace",
+    "export",
+]
 
 MOST_DIFFERENT = 0.5
 """Relative difference of logits beyond which an export does not say what the checkpoint says."""

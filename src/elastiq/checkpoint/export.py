@@ -67,9 +67,10 @@ class Target(ABC):
     is_file: ClassVar[bool] = False
     registry: ClassVar[dict[str, type[Target]]] = {}
 
-    def __init_subclass__(cls, name: str) -> None:
-        cls.name = name
-        Target.registry[name] = cls
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        if name is not None:
+            cls.name = name
+            Target.registry[name] = cls
 
     @abstractmethod
     def check(self, view: View) -> None:

@@ -80,6 +80,12 @@ class View:
             scale, zero = derive(scale, zero, own, bits)
         return GridCodes(codes.contiguous(), scale, zero, stored.group_size, bits)
 
+    def source_bits(self, name: str) -> int:
+        """Width to fit a format without zero points to: below four bits a level's own codes fit it so badly that the
+        widest level is the better start."""
+        width = self.widths[name]
+        return width if width >= 4 or self.matrices[name].symmetric else self.reader.available[-1]
+
     def base(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of everything that is not quantized."""
         return self.reader.base()
