@@ -297,3 +297,13 @@ def test_sensitivity_and_measured_allocation(
     assert "ms per token" in ok("allocate", output, "--latency", "10s").stdout
     assert run("allocate", output, "--max-damage", "ppl=3").exit_code == 2
     assert run("allocate", output, "--bits", 3, "--verify").exit_code == 2
+
+
+def test_a_tuned_recipe(model: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ["--recipe", "nested-tuned", *QUICK[2:], "--calibration", text_file, "--tuning-text", text_file]
+    assert "quantizing takes about" in ok("quantize", model, "-o", tmp_path / "out", *options, "--dry-run").stdout
+    made = ok("quantize", model, "-o", tmp_path / "out", *options, "--json", tmp_path / "q.json")
+    assert "KL before tuning" in made.stdout
+    assert set(json.loads((tmp_path / "q.json").read_text())["tuning"]) == {"2", "4"}
+    page = Path(ok("report", tmp_path / "out").stdout.strip()).read_text(encoding="utf-8")
+    assert "--recipe nested-tuned" in page and "scales" in page

@@ -13,11 +13,11 @@ import elastiq
 ROOT = Path(elastiq.__file__).parent
 LAYERS = {
     "core": 0, "linalg": 0,
-    "formats": 1, "kernels": 1, "solvers": 1, "sensitivity": 1, "allocators": 1,
+    "formats": 1, "kernels": 1, "solvers": 1, "tuners": 1, "sensitivity": 1, "allocators": 1,
     "runtime": 2,
     "models": 3, "checkpoint": 3,
     "embedded": 4, "calibrate": 4, "load": 4, "huggingface": 4, "quantize": 4, "evaluate": 4, "report": 4,
-    "allocate": 4, "measure": 4, "generate": 4, "export": 4,
+    "tune": 4, "allocate": 4, "measure": 4, "generate": 4, "export": 4,
     "recipes": 5, "cli": 5, "__init__": 5,
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))

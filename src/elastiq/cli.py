@@ -102,6 +102,7 @@ app = typer.Typer(
 
 class Method(StrEnum):
     nested = "nested"
+    nested_tuned = "nested-tuned"
     gptq = "gptq"
     rtn = "rtn"
 
@@ -173,7 +174,8 @@ def quantize_command(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the checkpoint.", show_default=False)],
     recipe: Annotated[
-        Method, typer.Option(help="nested: one code serves every level; gptq, rtn: truncated codes.")
+        Method,
+        typer.Option(help="nested: one code serves every level; nested-tuned: trained scales; gptq, rtn: truncated."),
     ] = Method.nested,
     levels: Annotated[str, typer.Option(help="Widths that get scales of their own.")] = "2,3,4,6,8",
     group_size: Annotated[int, typer.Option(help="Input channels per scale; -1 is the whole row.")] = 64,
@@ -188,6 +190,13 @@ def quantize_command(
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per calibration window.", min=2)] = 512,
+    tuning_text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text or JSONL file that a tuner trains on; several share equally. (default: the calibration's)",
+            show_default=False,
+        ),
+    ] = None,
     device: Device = "cpu",
     dtype: Annotated[
         Precision | None, typer.Option(help="Arithmetic of the forward passes.", show_default=False)
@@ -219,6 +228,7 @@ def quantize_command(
             calibration or None,
             num_samples=num_samples,
             seq_len=seq_len,
+            tuning=tuning_text or None,
             revision=revision,
             device=_device(device),
             dtype=None if dtype is None else _DTYPES[dtype.value],

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibrate import BlockStream, calibration_ids
+from .calibrate import BlockStream, calibration_ids, mixed_ids
 from .checkpoint import CheckpointReader, CheckpointWriter, is_finished
 from .checkpoint.sizes import level_sizes
 from .core import Codes, ElastiqError, QuantizedWeight, Recipe, Site, Stats
@@ -27,6 +27,7 @@ from .formats import Integer
 from .linalg import native
 from .models import Layout, ModelSource, build_skeleton, discover, free_module, load_module
 from .solvers import Nested, RoundToNearest
+from .tune import arithmetic, estimate, tune
 
 log = logging.getLogger("elastiq")
 
@@ -35,6 +36,8 @@ Progress = Callable[[str, int, int], None]
 STATES_IN_MEMORY = 2**30
 """Bytes of hidden states beyond which they go to a file."""
 DEFAULT_RECIPE = Recipe(Integer(), Nested())
+PROCESS_BYTES = 450_000_000
+"""Resident size of the process before it has read anything."""
 TOKENS_PER_CHANNEL = 1 / 16
 """A matrix that fewer tokens per input channel reached (an expert rarely chosen) is rounded to nearest."""
 
@@ -45,7 +48,8 @@ class Summary:
 
     levels: level -> bits_per_weight (counted over the quantized matrices), bytes_in_memory (the planes up to that level
     with their scales, and everything in 16 bits), bytes_on_disk (the files a reader of that level needs), error (mean
-    over the matrices of the relative output error). already_finished: nothing was done, the checkpoint was there.
+    over the matrices of the relative output error, before any tuning). tuning: level -> the tuner's loss before and
+    after, on windows it did not train on. already_finished: nothing was done, the checkpoint was there.
     """
 
     output: str
@@ -56,6 +60,7 @@ class Summary:
     peak_memory: int
     resumed_blocks: int = 0
     fallbacks: tuple[str, ...] = ()
+    tuning: dict[str, dict[str, float]] = field(default_factory=dict)
     already_finished: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,6 +96,7 @@ def quantize(
     *,
     num_samples: int = 128,
     seq_len: int = 512,
+    tuning: str | Path | Sequence[Any] | Tensor | None = None,
     revision: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
@@ -99,10 +105,12 @@ def quantize(
 ) -> Summary:
     """Quantize `model` (a directory or hub name) by `recipe` into the directory `output`.
 
-    calibration: text or JSONL file(s), strings, chat records, token ids, or None for the text in the package. dtype:
-    of the forward passes' arithmetic (float32 by default). progress(what, done, total) is called as the work goes on.
-    Finished blocks are durable: the same call after a crash resumes, and gives the same bytes. Raises ElastiqError,
-    with a sentence, for input that cannot be handled; nothing half-written is left at `output`.
+    calibration: text or JSONL file(s), strings, chat records, token ids, or None for the text in the package. tuning:
+    the same for a recipe with a tuner, None for the calibration's. dtype: of the forward passes' arithmetic (float32
+    by default; bfloat16 for a tuner where the device is made for it). progress(what, done, total) is called as the work
+    goes on. Finished blocks and tuned levels are durable: the same call after a crash resumes, and gives the same bytes
+    (with the same number of threads, where it tunes). Raises ElastiqError, with a sentence, for input that cannot be
+    handled; nothing half-written is left at `output`.
     """
     begin = time.perf_counter()
     recipe = recipe or DEFAULT_RECIPE
@@ -112,8 +120,14 @@ def quantize(
     ids = calibration_ids(calibration, tokenizer, num_samples, seq_len)
     if len(ids) < num_samples and not isinstance(calibration, Tensor):
         log.info("the calibration text gives %d windows of %d tokens, not %d", len(ids), seq_len, num_samples)
+    tuning_ids = None
+    if recipe.tuner is not None:
+        text = calibration if tuning is None else tuning
+        tuning_ids = mixed_ids(text, tokenizer, recipe.tuner.windows, ids.shape[1])
     report("reading the model", 0, 1)
     fingerprint = _fingerprint(source, recipe, ids, dtype or torch.float32)
+    if tuning_ids is not None:
+        fingerprint["tuning"] = {**_text_facts(tuning_ids), "dtype": str(arithmetic(device, dtype))}
     report("reading the model", 1, 1)
     output = Path(output)
     if not restart and is_finished(output, fingerprint):
@@ -123,24 +137,27 @@ def quantize(
     _check_disk(output, _plan(source, skeleton, layout, recipe, num_samples, seq_len).disk)
     with CheckpointWriter(output, fingerprint, restart) as writer:
         done = writer.finished()
-        run = _Run(recipe, writer, BlockStream(
-            skeleton, source, layout, ids, recipe.needs | {"abs_max"}, dtype or torch.float32, device, writer.work,
-            STATES_IN_MEMORY, recipe.token_weights,
-        ), report)  # fmt: skip
-        for block in range(len(layout.blocks)):
-            report("quantizing blocks", block, len(layout.blocks))
-            run.block(block)
-        report("quantizing blocks", len(layout.blocks), len(layout.blocks))
-        if recipe.embeddings:
-            report("quantizing embeddings", 0, 1)
-            run.embeddings(skeleton, source)
-        report("writing the checkpoint", 0, 1)
-        info = {
+        if not _units(layout, recipe) <= done:
+            run = _Run(recipe, writer, BlockStream(
+                skeleton, source, layout, ids, recipe.needs | {"abs_max"}, dtype or torch.float32, device, writer.work,
+                STATES_IN_MEMORY, recipe.token_weights,
+            ), report)  # fmt: skip
+            run.blocks()
+            if recipe.embeddings:
+                report("quantizing embeddings", 0, 1)
+                run.embeddings(skeleton, source)
+        info: dict[str, Any] = {
             "model": source.path.resolve().name,
             "windows": len(ids),
             "seq_len": ids.shape[1],
             "skipped": layout.skipped,
         }
+        if recipe.tuner is not None and tuning_ids is not None:
+            sites = layout.sites + (layout.outer if recipe.embeddings else ())
+            precision = arithmetic(device, dtype)
+            tuned = tune(writer, source, sites, recipe.levels, recipe.tuner, tuning_ids, precision, device, report)
+            info["tuning"] = {"windows": len(tuning_ids), "loss": tuned}
+        report("writing the checkpoint", 0, 1)
         writer.finish(_base(source, layout, recipe), source.path, _config(source), recipe, info)
     report("writing the checkpoint", 1, 1)
     return _summary(output, len(ids), begin, resumed_blocks=len(done))
@@ -166,8 +183,15 @@ class _Run:
     def __init__(self, recipe: Recipe, writer: CheckpointWriter, stream: BlockStream, report: Progress) -> None:
         self.recipe, self.writer, self.stream, self.report = recipe, writer, stream, report
 
-    def block(self, block: int) -> None:
-        unit = f"block-{block:05d}"
+    def blocks(self) -> None:
+        count = len(self.stream.layout.blocks)
+        for block in range(count):
+            self.report("quantizing blocks", block, count)
+            self._block(block)
+        self.report("quantizing blocks", count, count)
+
+    def _block(self, block: int) -> None:
+        unit = _unit(block)
         if unit not in self.writer.finished():
             weights = self.stream.weights(block)
             statistics = self.stream.collect(block)
@@ -181,13 +205,13 @@ class _Run:
 
     def embeddings(self, model: Any, source: ModelSource) -> None:
         """The embedding table rounded to nearest; an output head of its own solved like any matrix."""
-        if "embeddings" in self.writer.finished():
+        if _unit(-1) in self.writer.finished():
             return
         sites = self.stream.layout.outer
         statistics = {site.name: self.stream.final_stats() if site.role == "head" else Stats() for site in sites}
         for site in sites:
             load_module(model, site.name, source, torch.float32, "cpu")
-        self._write("embeddings", sites, self.stream.weights(-1), statistics)
+        self._write(_unit(-1), sites, self.stream.weights(-1), statistics)
 
     def _write(
         self,
@@ -207,6 +231,15 @@ class _Run:
             rows.append(row)
         self.report(f"solving {unit}", len(sites), len(sites))
         self.writer.write_unit(unit, solved, rows)
+
+
+def _unit(block: int) -> str:
+    return "embeddings" if block == -1 else f"block-{block:05d}"
+
+
+def _units(layout: Layout, recipe: Recipe) -> set[str]:
+    """Names of all the pieces a finished checkpoint is made of."""
+    return {_unit(block) for block in range(-1 if recipe.embeddings else 0, len(layout.blocks))}
 
 
 def quantize_matrix(
@@ -294,11 +327,7 @@ def _fingerprint(source: ModelSource, recipe: Recipe, ids: Tensor, dtype: torch.
     return {
         "model": source.fingerprint(),
         "recipe": recipe.to_dict(),
-        "calibration": {
-            "text": sha256(ids.contiguous().numpy().tobytes()).hexdigest(),
-            "windows": len(ids),
-            "seq_len": ids.shape[1],
-        },
+        "calibration": _text_facts(ids),
         "arithmetic": {
             "dtype": str(dtype).removeprefix("torch."),
             "path": native.columns_path(),
@@ -306,6 +335,11 @@ def _fingerprint(source: ModelSource, recipe: Recipe, ids: Tensor, dtype: torch.
             "elastiq": version("elastiq"),
         },
     }
+
+
+def _text_facts(ids: Tensor) -> dict[str, Any]:
+    digest = sha256(ids.contiguous().numpy().tobytes()).hexdigest()
+    return {"text": digest, "windows": len(ids), "seq_len": ids.shape[1]}
 
 
 def _check_disk(output: Path, needed: int) -> None:
@@ -332,6 +366,7 @@ def _summary(output: Path, windows: int, begin: float, **facts: Any) -> Summary:
         seconds=time.perf_counter() - begin,
         peak_memory=peak_memory(),
         fallbacks=tuple(row["name"] for row in reader.table if row["fallback"]),
+        tuning=reader.info.get("tuning", {}).get("loss", {}),
         **facts,
     )
 
@@ -351,6 +386,13 @@ def _plan(source: ModelSource, skeleton: Any, layout: Layout, recipe: Recipe, nu
             "bytes_on_disk": base + planes * level + scales * (index + 1),
         }
     states = 4 * num_samples * seq_len * skeleton.config.get_text_config().hidden_size
+    memory = _memory_estimate(layout, recipe, states)
+    seconds = _flops(layout, sites, recipe, num_samples * seq_len) / _matmul_rate(torch.float32)
+    if recipe.tuner is not None:
+        precision = arithmetic("cpu", None)
+        tuning, flops = estimate(skeleton, sites, recipe.levels, recipe.tuner, seq_len, precision)
+        memory = max(memory, PROCESS_BYTES + tuning)
+        seconds += flops / _matmul_rate(precision)
     return Plan(
         model=str(source.path),
         matrices=[{"name": s.name, "role": s.role, "block": s.block, "shape": list(s.shape)} for s in sites],
@@ -358,8 +400,8 @@ def _plan(source: ModelSource, skeleton: Any, layout: Layout, recipe: Recipe, nu
         levels=levels,
         bytes_full=2 * total,
         disk=2 * int(levels[recipe.levels[-1]]["bytes_on_disk"]) + 2 * max(0, states - STATES_IN_MEMORY // 2),
-        peak_memory=_memory_estimate(layout, recipe, states),
-        seconds=_flops(layout, sites, recipe, num_samples * seq_len) / _matmul_rate(),
+        peak_memory=memory,
+        seconds=seconds,
     )
 
 
@@ -372,7 +414,7 @@ def _memory_estimate(layout: Layout, recipe: Recipe, states: int) -> int:
         width, rows = max(s.shape[1] for s in sites), max(min(s.shape[0], 1024) for s in sites)
         hessians = sum(4 * n * n for n in inputs.values()) + 32 * width * width if "hessian" in recipe.needs else 0
         blocks.append(4 * sum(s.num_weights for s in sites) + hessians + 24 * width * rows * len(recipe.levels))
-    return 450_000_000 + max(blocks) + 2 * min(states, STATES_IN_MEMORY // 2)
+    return PROCESS_BYTES + max(blocks) + 2 * min(states, STATES_IN_MEMORY // 2)
 
 
 def _flops(layout: Layout, sites: Sequence[Site], recipe: Recipe, tokens: int) -> float:
@@ -389,14 +431,15 @@ def _flops(layout: Layout, sites: Sequence[Site], recipe: Recipe, tokens: int) -
     return flops + (sum(2.0 * tokens * n * n + 4.0 * n**3 for n in inputs.values()) if needs_hessian else 0.0)
 
 
-def _matmul_rate() -> float:
+def _matmul_rate(dtype: torch.dtype) -> float:
     """Useful operations per second of this machine: a matrix product measured now, and the share of it seen in runs."""
-    x = torch.ones(768, 768)
+    share = 0.4 if dtype == torch.float32 else 0.1
+    x = torch.ones(768, 768, dtype=dtype)
     x @ x
     begin = time.perf_counter()
     for _ in range(8):
         x @ x
-    return 0.4 * 8 * 2 * 768**3 / (time.perf_counter() - begin)
+    return share * 8 * 2 * 768**3 / (time.perf_counter() - begin)
 
 
 def peak_memory() -> int:

@@ -161,7 +161,7 @@ def test_units_are_kept(tmp_path: Path) -> None:
         assert writer.finished() == {"block-00001"}
         assert list(writer.read_unit("block-00001")) == ["model.1.up"]
         assert sorted(path.name for path in writer.work.rglob("*")) == [
-            "block-00001.safetensors", "fingerprint.json", "lock", "units",
+            "block-00001.safetensors", "fingerprint.json", "lock", "tuned", "units",
         ]  # fmt: skip
     with CheckpointWriter(tmp_path / "out", {**FINGERPRINT, "seed": 1}, restart=True) as writer:
         assert writer.finished() == set()

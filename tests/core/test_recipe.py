@@ -21,6 +21,7 @@ def test_round_trip_through_json(name: str) -> None:
         ({"solver": {"name": "magic"}}, "solver: unknown name 'magic'; known: gptq, nested, rtn"),
         ({"solver": {"name": "gptq", "percdamp": 1}}, "solver gptq: unknown parameter percdamp; known: act_order"),
         ({"format": {}}, "format: unknown name None; known: integer"),
+        ({"tuner": {"name": "luck"}}, "tuner: unknown name 'luck'; known: scales"),
         ({"splits": []}, "recipe: unknown slot splits"),
         ({"inputs": "random"}, "recipe: inputs='random' is not one of full, quantized"),
         ({"token_weights": "some"}, "recipe: token_weights='some' is not one of output, uniform"),
@@ -32,5 +33,5 @@ def test_bad_data_is_refused(change: dict[str, object], sentence: str) -> None:
 
 
 def test_an_unknown_recipe_is_refused() -> None:
-    with pytest.raises(ElastiqError, match="recipe 'best' does not exist; known: nested, gptq, rtn"):
+    with pytest.raises(ElastiqError, match="recipe 'best' does not exist; known: nested, nested-tuned, gptq, rtn"):
         recipes.get("best")

@@ -38,6 +38,17 @@ def calibration_ids(
     return _windows_of_ids(torch.tensor(ids, dtype=torch.long), num_samples, seq_len)
 
 
+def mixed_ids(
+    texts: Calibration, tokenizer: PreTrainedTokenizerBase | None, num_samples: int, seq_len: int
+) -> Tensor:
+    """As `calibration_ids`, but the members of a list give equal numbers of windows instead of being joined."""
+    if isinstance(texts, Tensor | str | Path) or not texts:
+        return calibration_ids(texts, tokenizer, num_samples, seq_len)
+    share = -(-num_samples // len(texts))
+    parts = [calibration_ids([member], tokenizer, share, seq_len) for member in texts]
+    return torch.cat(parts)[:num_samples]
+
+
 def _windows_of_ids(ids: Tensor, num_samples: int, seq_len: int) -> Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
         raise ElastiqError("calibration: token ids must be whole numbers in one or two dimensions")

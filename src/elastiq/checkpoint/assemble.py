@@ -35,6 +35,7 @@ HALF_LIMIT = 65504.0
 def assemble(
     result: Path,
     units: list[Unit],
+    tuned: list[Path],
     base: Iterator[tuple[str, Tensor]],
     source_dir: Path,
     config: dict[str, Any],
@@ -42,12 +43,13 @@ def assemble(
     info: dict[str, Any],
     fingerprint: dict[str, Any],
 ) -> None:
-    """Fill the empty directory `result` with a whole checkpoint, durably."""
+    """Fill the empty directory `result` with a whole checkpoint, durably; arrays in `tuned` replace the units' own."""
     manifest = _manifest(units, recipe)
     digests: dict[str, dict[str, Any]] = {}
+    sources = [*(unit.path for unit in units), *tuned]
     base_specs, digests[BASE] = write_base(result, base, manifest)
     for plane in range(1, manifest.planes + 1):
-        digests[plane_file(plane)] = _write_plane(result / plane_file(plane), plane, manifest, units)
+        digests[plane_file(plane)] = _write_plane(result / plane_file(plane), plane, manifest, sources)
     for path in sorted(source_dir.iterdir()):
         if travels_along(path.name) and path.is_file():
             digests[path.name] = write_durably(result / path.name, range_chunks(path, 0, path.stat().st_size))
@@ -128,8 +130,8 @@ def _manifest(units: list[Unit], recipe: Recipe) -> Manifest:
     return Manifest(levels, levels[-1], symmetric, recipe.embeddings, group_size, ordered)
 
 
-def _write_plane(path: Path, plane: int, manifest: Manifest, units: list[Unit]) -> dict[str, Any]:
-    entries = {name: (unit.path, entry) for unit in units for name, entry in read_header(unit.path)[0].items()}
+def _write_plane(path: Path, plane: int, manifest: Manifest, sources: list[Path]) -> dict[str, Any]:
+    entries = {name: (source, entry) for source in sources for name, entry in read_header(source)[0].items()}
 
     def payload(name: str) -> Iterator[bytes]:
         source, entry = entries[name]

@@ -32,6 +32,6 @@ def _leaves(data: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...]
 def _phrase(key: tuple[str, ...], before: dict[tuple[str, ...], Any], after: dict[tuple[str, ...], Any]) -> str:
     old, new = before.get(key, _ABSENT), after.get(key, _ABSENT)
     if any(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (old, new)):
-        name = "the calibration text" if key[0] == "calibration" else ".".join(key[1:] or key)
+        name = f"the {key[0]} text" if key[0] in ("calibration", "tuning") else ".".join(key[1:] or key)
         return f"{name} " + ("is new" if old is _ABSENT else "is gone" if new is _ABSENT else "has changed")
     return f"{'.'.join(key)} was {old!r}, is {new!r}"

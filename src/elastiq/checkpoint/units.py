@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,7 @@ class Unit:
 
 def write_unit_file(path: Path, weights: dict[Site, QuantizedWeight], rows: list[dict[str, Any]]) -> None:
     """Write the planes and scales of `weights`. Raises ElastiqError for what the format cannot hold."""
-    members: dict[str, list[Site]] = {}
-    for site in weights:
-        members.setdefault(site.tensor, []).append(site)
-    members = {tensor: sorted(sites, key=lambda s: s.expert or 0) for tensor, sites in sorted(members.items())}
+    members = _by_tensor(weights)
     codes = {site: _codes(site, weight) for site, weight in weights.items()}
     matrices = {tensor: _stored(tensor, sites, codes) for tensor, sites in members.items()}
     _check_rows(path.stem, rows, weights)
@@ -106,6 +103,35 @@ def unit_weights(unit: Unit) -> dict[str, QuantizedWeight]:
             grid = Grid(matrix.levels, matrix.group_size, scale[each], zero_point[each], matrix.symmetric)
             weights[site] = QuantizedWeight((Codes(codes, grid),))
     return weights
+
+
+def write_scales_file(path: Path, weights: Mapping[Site, Codes], level: int, facts: dict[str, Any]) -> None:
+    """Write the scales and zero points that `weights` have at `level`, and JSON-ready `facts` about them."""
+    members = _by_tensor(weights)
+    checked = {site: _codes(site, QuantizedWeight((codes,))) for site, codes in weights.items()}
+    matrices = {tensor: _stored(tensor, sites, checked) for tensor, sites in members.items()}
+    specs = {
+        f"{tensor}.{short}": spec
+        for tensor, matrix in matrices.items()
+        for short, spec in matrix.arrays(1 if level == matrix.levels[0] else level).items()
+        if short in matrix.scale_arrays(level)
+    }
+    payload = _Payload({tensor: [checked[site] for site in sites] for tensor, sites in members.items()})
+    write_tensors(path, specs, payload, {METADATA: json.dumps(facts, sort_keys=True, allow_nan=False)})
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts that `write_scales_file` was given."""
+    facts: dict[str, Any] = json.loads(read_header(path)[1][METADATA])
+    return facts
+
+
+def _by_tensor(weights: Iterable[Site]) -> dict[str, list[Site]]:
+    """Sites by the array they are stored in, experts in their order."""
+    members: dict[str, list[Site]] = {}
+    for site in weights:
+        members.setdefault(site.tensor, []).append(site)
+    return {tensor: sorted(sites, key=lambda s: s.expert or 0) for tensor, sites in sorted(members.items())}
 
 
 class _Payload:

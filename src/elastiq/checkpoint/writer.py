@@ -6,21 +6,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
-from ..core import ElastiqError, QuantizedWeight, Recipe, Site
+from ..core import Codes, ElastiqError, QuantizedWeight, Recipe, Site
 from .assemble import assemble
 from .files import disk_errors, json_bytes, read_json, replace_durably, sync_directory, write_durably
 from .fingerprint import differences
 from .lock import try_lock
 from .manifest import Manifest
 from .names import CHECKSUMS, CONFIG, FINGERPRINT, MADE_LATER
-from .units import read_unit_file, unit_weights, write_unit_file
+from .units import read_facts, read_unit_file, unit_weights, write_scales_file, write_unit_file
 
 _UNIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,100}")
 _RESUME = "run the same command again (finished blocks are kept)"
@@ -91,6 +91,27 @@ class CheckpointWriter:
         """The matrices of a durable unit by site name."""
         return unit_weights(read_unit_file(self._unit_path(unit)))
 
+    def tuned(self) -> dict[int, dict[str, Any]]:
+        """Levels whose tuned scales are durable, with the facts they were written with."""
+        return {int(path.stem): read_facts(path) for path in sorted(self._tuned.glob("*.safetensors"))}
+
+    def write_tuned(self, level: int, weights: Mapping[Site, Codes], facts: dict[str, Any]) -> None:
+        """Make the scales and zero points of one level durable; they take the place of those in the units."""
+        with disk_errors(self.output, _RESUME):
+            replace_durably(
+                self._tuned / f"{level}.safetensors",
+                lambda temporary: write_scales_file(temporary, weights, level, facts),
+            )
+
+    def side_file(self, name: str) -> Path:
+        """Where a file of the run is or will be that tuning needs; it goes when the run is finished."""
+        return self._tuned / name
+
+    def write_side_file(self, name: str, write: Callable[[Path], object]) -> None:
+        """Let `write` fill that file; it holds all of it or what it held before."""
+        with disk_errors(self.output, _RESUME):
+            replace_durably(self.side_file(name), write)
+
     def finish(
         self,
         base: Iterator[tuple[str, Tensor]],
@@ -110,7 +131,8 @@ class CheckpointWriter:
         with disk_errors(self.output, _RESUME):
             shutil.rmtree(result, ignore_errors=True)
             result.mkdir()
-            assemble(result, units, base, Path(source_dir), config, recipe, info, self.fingerprint)
+            tuned = sorted(self._tuned.glob("*.safetensors"))
+            assemble(result, units, tuned, base, Path(source_dir), config, recipe, info, self.fingerprint)
             self._publish(result)
         self.close()
 
@@ -134,7 +156,7 @@ class CheckpointWriter:
         self._file = file
 
     def _open(self, restart: bool) -> None:
-        self._units = self.work / "units"
+        self._units, self._tuned = self.work / "units", self.work / "tuned"
         path = self.work / FINGERPRINT
         if path.exists() and not restart:
             changed = differences(read_json(path), self.fingerprint)
@@ -145,12 +167,16 @@ class CheckpointWriter:
                 )
         else:
             path.unlink(missing_ok=True)
-            shutil.rmtree(self._units, ignore_errors=True)
+            for folder in (self._units, self._tuned):
+                shutil.rmtree(folder, ignore_errors=True)
             content = json_bytes(self.fingerprint, FINGERPRINT)
             replace_durably(path, lambda temporary: write_durably(temporary, [content]))
-        self._units.mkdir(exist_ok=True)
-        keep = {self.work / "lock", path, self._units, *self._units.glob("*.safetensors")}
-        for leftover in {*self.work.iterdir(), *self._units.iterdir()} - keep:
+        folders = (self._units, self._tuned)
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        inside = {file for folder in folders for file in folder.iterdir()}
+        whole = {file for file in inside if file.suffix != ".tmp"}
+        for leftover in {*self.work.iterdir(), *inside} - {self.work / "lock", path, *folders, *whole}:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def _unit_path(self, unit: str) -> Path:

@@ -17,7 +17,7 @@ from .level_map import LevelMap
 from .recipe import Recipe
 from .site import Site
 from .stats import Stats
-from .step import Format, Solver, Step, step_from_dict
+from .step import Format, Journal, Objective, Solver, Step, Tuned, Tuner, step_from_dict
 from .term import Codes, QuantizedWeight, Term
 
 __all__ = [
@@ -32,7 +32,9 @@ __all__ = [
     "Evidence",
     "Format",
     "Grid",
+    "Journal",
     "LevelMap",
+    "Objective",
     "Problem",
     "QuantizedWeight",
     "Recipe",
@@ -43,6 +45,8 @@ __all__ = [
     "Stats",
     "Step",
     "Term",
+    "Tuned",
+    "Tuner",
     "derive",
     "non_increasing",
     "step_from_dict",

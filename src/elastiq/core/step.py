@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .error import ElastiqError
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from .grid import Grid
     from .stats import Stats
-    from .term import Term
+    from .term import Codes, Term
 
 
 class Step(ABC):
@@ -81,3 +82,56 @@ class Solver(Step, slot="solver"):
     @abstractmethod
     def solve(self, weight: Tensor, format: Format, stats: Stats) -> tuple[Term, ...]:
         """The terms whose sum stands for `weight` [out, in]."""
+
+
+class Objective(Protocol):
+    """How far a model is from the full one, on windows of text to which the full one's answers are kept."""
+
+    def __len__(self) -> int:
+        """Number of windows."""
+
+    def loss(self, weight: Callable[[str], Tensor], windows: Sequence[int]) -> Tensor:
+        """Mean loss, differentiable, over these windows of the model whose matrix `name` is `weight(name)` [out, in].
+
+        Each matrix is asked for once and not kept in more than the precision of the arithmetic.
+        """
+
+
+class Journal(Protocol):
+    """Keeps the state of long work, so that a killed run goes on from what was saved last."""
+
+    def load(self) -> dict[str, Tensor]:
+        """What was saved last; empty if nothing was."""
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        """Make the state durable in the place of what was saved before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What a tuner made of some matrices: terms by site name, the loss before and after on windows it did not train on
+    (`after` is not larger: a change that does not help is given up)."""
+
+    terms: Mapping[str, Codes]
+    before: float
+    after: float
+
+
+class Tuner(Step, slot="tuner"):
+    """What finished codes and scales become when the whole model is judged and not one matrix."""
+
+    @property
+    @abstractmethod
+    def windows(self) -> int:
+        """Windows of text it makes use of."""
+
+    @abstractmethod
+    def calls(self, windows: int, level: int) -> int:
+        """How often `tune` asks for a loss at `level`, given so many windows."""
+
+    @abstractmethod
+    def tune(self, objective: Objective, terms: Mapping[str, Codes], level: int, journal: Journal) -> Tuned:
+        """Terms that read better at `level`, and the same as before at every other level with scales of its own.
+
+        Stopped at any moment and called again with the same arguments, it gives the same result.
+        """

@@ -2,7 +2,14 @@
 
 from .discover import Layout, discover
 from .fused import fused_groups
-from .skeleton import build_skeleton, free_module, give_back_memory, load_module, read_parameter
+from .skeleton import (
+    build_skeleton,
+    free_module,
+    free_parameter,
+    give_back_memory,
+    load_module,
+    read_parameter,
+)
 from .source import ModelSource
 
 __all__ = [
@@ -11,6 +18,7 @@ __all__ = [
     "build_skeleton",
     "discover",
     "free_module",
+    "free_parameter",
     "fused_groups",
     "give_back_memory",
     "load_module",

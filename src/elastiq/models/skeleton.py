@@ -91,14 +91,17 @@ def read_parameter(model: PreTrainedModel, name: str, source: ModelSource) -> to
 def free_module(model: PreTrainedModel, name: str) -> None:
     """Put every parameter under the module `name` back to the meta device; ties are kept."""
     prefix = f"{name}." if name else ""
-    tied = _MAPS[model].tied if model in _MAPS else {}
-    names = [prefix + key for key, _ in model.get_submodule(name).named_parameters(remove_duplicate=False)]
-    for key in names:
-        parameter = model.get_parameter(key)
-        if not parameter.is_meta:
-            empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-            for alias in tied.get(key, (key,)):
-                _set(model, alias, empty)
+    for key in [prefix + key for key, _ in model.get_submodule(name).named_parameters(remove_duplicate=False)]:
+        free_parameter(model, key)
+
+
+def free_parameter(model: PreTrainedModel, name: str) -> None:
+    """Put one parameter back to the meta device, under all its tied names."""
+    parameter = model.get_parameter(name)
+    if not parameter.is_meta:
+        empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        for alias in _MAPS[model].tied.get(name, (name,)) if model in _MAPS else (name,):
+            _set(model, alias, empty)
 
 
 def _map(model: PreTrainedModel, source: ModelSource) -> WeightMap:

@@ -8,9 +8,10 @@ from typing import Any
 from ..core import ElastiqError, Recipe
 from .gptq import gptq
 from .nested import nested
+from .nested_tuned import nested_tuned
 from .rtn import rtn
 
-_ALL: dict[str, Callable[..., Recipe]] = {"nested": nested, "gptq": gptq, "rtn": rtn}
+_ALL: dict[str, Callable[..., Recipe]] = {"nested": nested, "nested-tuned": nested_tuned, "gptq": gptq, "rtn": rtn}
 
 
 def names() -> tuple[str, ...]:
@@ -25,4 +26,4 @@ def get(name: str, **options: Any) -> Recipe:
     return _ALL[name](**options)
 
 
-__all__ = ["get", "gptq", "names", "nested", "rtn"]
+__all__ = ["get", "gptq", "names", "nested", "nested_tuned", "rtn"]

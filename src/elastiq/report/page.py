@@ -137,6 +137,7 @@ def _facts(reader: CheckpointReader) -> list[tuple[str, str]]:
         ("quantized weights", f"{sum(row['shape'][0] * row['shape'][1] for row in reader.table):,}"),
         ("matrices", f"{len(reader.table):,}"),
         ("method", recipe["solver"]["name"]),
+        ("tuning", recipe["tuner"]["name"] if "tuner" in recipe else None),
         ("group size", recipe["format"].get("group_size")),
         ("embeddings", "quantized" if recipe["embeddings"] else "16 bits"),
     ]
@@ -288,7 +289,7 @@ def _reproduce(reader: CheckpointReader) -> str:
         "-o",
         reader.path.name,
         "--recipe",
-        recipe["solver"]["name"],
+        recipe["solver"]["name"] + ("-tuned" if "tuner" in recipe else ""),
     ]
     words += ["--levels", _comma(reader.manifest.levels), "--group-size", str(grid.get("group_size"))]
     words += ["--symmetric"] if grid.get("symmetric") else []

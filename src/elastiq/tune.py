@@ -1,0 +1,247 @@
+"""The second phase of a run: finished levels tuned one after another against the full model's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from .checkpoint import CheckpointWriter
+from .checkpoint.tensors import tensor_bytes, write_tensors
+from .core import Codes, ElastiqError, Site, Tuner
+from .models import ModelSource, build_skeleton, free_parameter, load_module
+
+Progress = Callable[[str, int, int], None]
+
+KEPT_ANSWERS = 256
+"""Most probable tokens whose probabilities are kept for each position; the others count together."""
+_LOGITS_BYTES = 2**28
+"""float32 logits of one batch of the full model."""
+_CHUNK = 2**21
+"""Logits of the loss worked on at a time."""
+
+
+def tune(
+    writer: CheckpointWriter,
+    source: ModelSource,
+    sites: Sequence[Site],
+    levels: Sequence[int],
+    tuner: Tuner,
+    ids: Tensor,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    report: Progress,
+) -> dict[int, dict[str, Any]]:
+    """Tune every level whose result is not durable yet; the loss before and after of each.
+
+    ids: int64 [windows, seq_len]. dtype: of the arithmetic; what is not a matrix of `sites` stays in float32. Memory:
+    the matrices once in `dtype`, codes, the answers, and the activations of one batch.
+    """
+    todo = [level for level in levels if level not in writer.tuned()]
+    if todo:
+        model = build_skeleton(source, torch.float32)
+        _load(model, source, sites, dtype, device)
+        answers = writer.side_file("answers")
+        if not answers.is_file():
+            writer.write_side_file("answers", lambda path: _write_answers(path, model, ids, dtype, device, report))
+        for name in _parameters(sites):
+            free_parameter(model, name)
+        terms = _terms(writer, device)
+        for level in todo:
+            calls = tuner.calls(len(ids), level)
+            objective = TextObjective(
+                model, sites, ids, answers, dtype, device, partial(_report_call, report, level, calls)
+            )
+            tuned = tuner.tune(objective, terms, level, FileJournal(writer, f"state-{level}"))
+            by_site = {site: tuned.terms[site.name] for site in sites}
+            writer.write_tuned(level, by_site, {"before": tuned.before, "after": tuned.after})
+            _report_call(report, level, calls, calls)
+    return writer.tuned()
+
+
+def estimate(
+    model: PreTrainedModel, sites: Sequence[Site], levels: Sequence[int], tuner: Tuner, seq_len: int, dtype: torch.dtype
+) -> tuple[int, float]:
+    """Bytes of memory, and multiplications and additions, that `tune` takes, roughly; `model` may be on meta."""
+    total = sum({id(p): p.numel() for p in model.parameters()}.values())
+    matrices = sum(site.num_weights for site in sites)
+    calls = [tuner.calls(tuner.windows, level) for level in levels]
+    tokens = seq_len * tuner.windows * (1 + 3 * sum(calls) / max(calls))
+    batch = seq_len * -(-tuner.windows // max(calls))
+    width = model.config.get_text_config().vocab_size + sum(sum(site.shape) for site in sites)
+    return matrices * (2 * dtype.itemsize + 1) + 8 * (total - matrices) + 2 * dtype.itemsize * batch * width, (
+        2.0 * total * tokens
+    )
+
+
+def _report_call(report: Progress, level: int, calls: int, done: int) -> None:
+    report(f"tuning {level} bits", done, calls)
+
+
+def arithmetic(device: torch.device | str, wanted: torch.dtype | None) -> torch.dtype:
+    """What tuning computes in: `wanted`, else bfloat16 where the device multiplies it natively, else float32."""
+    if wanted is not None:
+        return wanted
+    kind = torch.device(device).type
+    native = torch.cpu._is_avx512_bf16_supported() if kind == "cpu" else kind == "cuda"
+    return torch.bfloat16 if native else torch.float32
+
+
+class TextObjective:
+    """Divergence of the model's next-token probabilities from the full model's, on windows of text.
+
+    model: everything but the matrices of `sites` loaded. answers: file that `_write_answers` made for `ids`.
+    called: told before each loss how many were computed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[Site],
+        ids: Tensor,
+        answers: Path,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        called: Callable[[int], None],
+    ) -> None:
+        self._model, self._ids, self._dtype, self._device = model, ids, dtype, torch.device(device)
+        self._parameters = _parameters(sites)
+        self._answers = safe_open(answers, framework="pt")
+        self._calls, self._called = 0, called
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def loss(self, weight: Callable[[str], Tensor], windows: Sequence[int]) -> Tensor:
+        """Mean over all positions of these windows; see `Objective`."""
+        self._called(self._calls)
+        self._calls += 1
+        parameters = {name: self._parameter(members, weight) for name, members in self._parameters.items()}
+        arguments = {"input_ids": self._ids[list(windows)].to(self._device), "use_cache": False}
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            logits = functional_call(self._model, parameters, (), arguments).logits
+        tokens, log_p = (
+            torch.stack([self._answers.get_slice(name)[window] for window in windows]).to(self._device).flatten(0, 1)
+            for name in ("tokens", "log_probabilities")
+        )
+        loss: Tensor = Divergence.apply(logits.flatten(0, 1), tokens.long(), log_p.float())
+        return loss
+
+    def _parameter(self, members: Sequence[Site], weight: Callable[[str], Tensor]) -> Tensor:
+        values = [weight(site.name).to(self._device, self._dtype) for site in members]
+        if members[0].expert is not None:
+            return torch.stack(values)
+        return values[0].T if members[0].role == "conv1d" else values[0]
+
+
+class FileJournal:
+    """A `Journal` in a file of the run called `name`."""
+
+    def __init__(self, writer: CheckpointWriter, name: str) -> None:
+        self._writer, self._name = writer, name
+
+    def load(self) -> dict[str, Tensor]:
+        path = self._writer.side_file(self._name)
+        return load_file(path) if path.is_file() else {}
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+        self._writer.write_side_file(
+            self._name, lambda path: write_tensors(path, specs, lambda name: [tensor_bytes(state[name])])
+        )
+
+
+class Divergence(torch.autograd.Function):
+    """Mean KL(p || q) in nats of q = softmax(logits) from p, of which the most probable tokens are known.
+
+    All other tokens count as one: KL of the distributions over the known tokens and "something else", a lower bound.
+    The gradient is computed on the way, a few rows at a time: q - p where p is known, and q (1 - p_rest / q_rest)
+    elsewhere. Nothing of the size of the logits is held but itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, log_p: Tensor) -> Tensor:
+        """Scalar of logits [rows, vocabulary], tokens int64 and log_p float32 [rows, known]."""
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float64)
+        size = max(1, _CHUNK // logits.shape[1])
+        for first in range(0, len(logits), size):
+            rows = slice(first, first + size)
+            q = logits[rows].float().softmax(-1)
+            p, known = log_p[rows].exp(), q.gather(1, tokens[rows])
+            p_rest, q_rest = ((1 - x.sum(1, keepdim=True)).clamp_min(1e-6) for x in (p, known))
+            terms = p * (log_p[rows] - known.clamp_min(1e-30).log())
+            total += (terms.sum(1, keepdim=True) + p_rest * (p_rest / q_rest).log()).sum(dtype=torch.float64).cpu()
+            if gradient is not None:
+                q.mul_(1 - p_rest / q_rest).scatter_(1, tokens[rows], known - p)
+                gradient[rows] = q.div_(len(logits))
+        ctx.gradient = gradient
+        return (total / len(logits)).float().to(logits.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.gradient * grads[0], None, None
+
+
+@torch.no_grad()
+def _write_answers(
+    path: Path, model: PreTrainedModel, ids: Tensor, dtype: torch.dtype, device: torch.device | str, report: Progress
+) -> None:
+    """The full model's most probable tokens at every position, and their log probabilities."""
+    tokens: list[Tensor] = []
+    log_p: list[Tensor] = []
+    vocabulary = model.config.get_text_config().vocab_size
+    batch = max(1, _LOGITS_BYTES // (4 * ids.shape[1] * vocabulary))
+    for first in range(0, len(ids), batch):
+        report("reading the full model's answers", first, len(ids))
+        part = ids[first : first + batch].to(device)
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+            logits = model(input_ids=part, use_cache=False).logits.float()
+        best, index = logits.topk(min(KEPT_ANSWERS, logits.shape[-1]), sorted=False)
+        log_p.append((best - logits.logsumexp(-1, keepdim=True)).half().cpu())
+        tokens.append(index.int().cpu())
+    report("reading the full model's answers", len(ids), len(ids))
+    if not all(bool(torch.isfinite(part).all()) for part in log_p):
+        raise ElastiqError(f"the full model's answers are not finite in {dtype}; tune with --dtype float32")
+    shape = (*ids.shape, tokens[0].shape[-1])
+    parts = {"tokens": tokens, "log_probabilities": log_p}
+    specs = {"tokens": (torch.int32, shape), "log_probabilities": (torch.float16, shape)}
+    write_tensors(path, specs, lambda name: (tensor_bytes(part) for part in parts[name]))
+
+
+def _load(
+    model: PreTrainedModel, source: ModelSource, sites: Sequence[Site], dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """The whole model: what holds a matrix of `sites` in `dtype`, everything else in float32."""
+    owners = {name.rpartition(".")[0] for name in _parameters(sites)}
+    for name, _ in model.named_modules():
+        load_module(model, name, source, dtype if name in owners else torch.float32, device, recurse=False)
+
+
+def _parameters(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    """Sites by the name of the model's parameter they are in, experts in their order."""
+    found: dict[str, list[Site]] = {}
+    for site in sites:
+        found.setdefault(site.tensor if site.expert is not None else f"{site.name}.weight", []).append(site)
+    return {name: sorted(members, key=lambda site: site.expert or 0) for name, members in found.items()}
+
+
+def _terms(writer: CheckpointWriter, device: torch.device | str) -> dict[str, Codes]:
+    """The finished codes of every matrix by site name."""
+    found = {}
+    for unit in sorted(writer.finished()):
+        for name, weight in writer.read_unit(unit).items():
+            (codes,) = weight.terms
+            assert isinstance(codes, Codes)
+            grid = replace(codes.grid, scale=codes.grid.scale.to(device), zero_point=codes.grid.zero_point.to(device))
+            found[name] = Codes(codes.codes.to(device), grid)
+    return found

@@ -1,0 +1,138 @@
+"""What every registered tuner must do, on a model of two layers whose right answers are its unquantized ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+import torch
+from contracts.data import weight_and_stats
+from torch import Tensor
+
+from elastiq.core import Codes, ElastiqError, Stats, Step, Tuner, step_from_dict, to_half
+from elastiq.formats import Integer
+from elastiq.solvers import RoundToNearest
+from elastiq.tuners import ScaleTuning
+
+CASES: list[Tuner] = [ScaleTuning(steps=25, batch=3, rate=1e-2, holdout=4), ScaleTuning(steps=3, rate=30.0)]
+FORMATS = [Integer((2, 3, 5), 32), Integer((3,), -1), Integer((2, 4), 64, symmetric=True)]
+
+
+def test_every_registered_tuner_has_a_case() -> None:
+    assert set(Step.registry["tuner"]) == {type(case).name for case in CASES}
+
+
+class TwoLayers:
+    """relu(x aᵀ) bᵀ of 24 windows of 16 tokens each; the loss is the mean square distance to the full answer."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.weights = {"a": 20 * weight_and_stats(48, 80)[0], "b": 20 * weight_and_stats(20, 48, seed=1)[0]}
+        self.x = torch.randn(24, 16, 80, generator=generator)
+        self.calls = 0
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def loss(self, weight: Callable[[str], Tensor], windows: Sequence[int]) -> Tensor:
+        self.calls += 1
+        x = self.x[list(windows)]
+        return (self.answer(weight, x) - self.answer(self.weights.__getitem__, x)).square().mean()
+
+    def answer(self, weight: Callable[[str], Tensor], x: Tensor) -> Tensor:
+        return (x @ weight("a").T).relu() @ weight("b").T
+
+    def loss_of(self, terms: dict[str, Codes], level: int) -> float:
+        return float(self.loss(lambda name: terms[name].dense(level), range(len(self))))
+
+
+class Memory:
+    """A journal; with `last` it is stopped when it has been saved so often."""
+
+    def __init__(self, last: int = 0) -> None:
+        self.state: dict[str, Tensor] = {}
+        self.last = last
+
+    def load(self) -> dict[str, Tensor]:
+        return self.state
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        self.state = {name: tensor.clone() for name, tensor in state.items()}
+        self.last -= 1
+        if not self.last:
+            raise KeyboardInterrupt
+
+
+def rounded(model: TwoLayers, format: Integer) -> dict[str, Codes]:
+    terms = {}
+    for name, weight in model.weights.items():
+        (codes,) = RoundToNearest().solve(weight, format, Stats())
+        assert isinstance(codes, Codes)
+        terms[name] = codes
+    return terms
+
+
+@pytest.mark.parametrize("tuner", CASES, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_contract(tuner: Tuner, format: Integer) -> None:
+    model = TwoLayers()
+    terms = rounded(model, format)
+    copies = {name: (t.codes.clone(), t.grid.scale.clone(), t.grid.zero_point.clone()) for name, t in terms.items()}
+    for index, level in enumerate(format.levels):
+        model.calls = 0
+        tuned = tuner.tune(model, terms, level, Memory())
+        assert model.calls == tuner.calls(len(model), level), "the progress bar's total is true"
+        assert tuned.after <= tuned.before
+        assert model.loss_of(dict(tuned.terms), level) <= model.loss_of(terms, level) * 1.02
+        for name, (codes, scale, zero_point) in copies.items():
+            assert all(map(torch.equal, (terms[name].codes, terms[name].grid.scale), (codes, scale))), "inputs stay"
+            after = tuned.terms[name]
+            others = [i for i in range(len(format.levels)) if i != index]
+            assert torch.equal(after.codes >> (format.levels[-1] - level), codes >> (format.levels[-1] - level))
+            assert after.grid.levels == format.levels and after.grid.group_size == terms[name].grid.group_size
+            assert torch.equal(after.grid.scale[others], scale[others]), "no other level is touched"
+            assert torch.equal(after.grid.zero_point[others], zero_point[others])
+            for values in (after.grid.scale, after.grid.zero_point):
+                assert torch.equal(values, to_half(values)), "stored values are half precision"
+            assert bool((after.grid.scale > 0).all())
+        again = tuner.tune(model, terms, level, Memory())
+        assert all(torch.equal(again.terms[n].dense(level), tuned.terms[n].dense(level)) for n in terms), "same bytes"
+
+
+def test_scales_are_trained_and_a_step_too_large_is_given_up() -> None:
+    model = TwoLayers()
+    terms = rounded(model, FORMATS[0])
+    better, worse = (case.tune(model, terms, 2, Memory()) for case in CASES)
+    assert model.loss_of(dict(better.terms), 2) < 0.93 * model.loss_of(terms, 2)
+    assert worse.after == worse.before and worse.terms is terms
+
+
+@pytest.mark.parametrize("tuner", [case for case in CASES if case.calls(24, 2) > 20], ids=str)
+@pytest.mark.parametrize("saves", [1, 2])
+def test_stopped_and_called_again_it_gives_the_same(tuner: Tuner, saves: int) -> None:
+    model = TwoLayers()
+    terms = rounded(model, FORMATS[0])
+    whole = tuner.tune(model, terms, 2, Memory())
+    journal = Memory(saves)
+    with pytest.raises(KeyboardInterrupt):
+        tuner.tune(model, terms, 2, journal)
+    model.calls = 0
+    resumed = tuner.tune(model, terms, 2, journal)
+    assert model.calls < tuner.calls(len(model), 2)
+    assert (resumed.before, resumed.after) == (whole.before, whole.after)
+    assert all(torch.equal(resumed.terms[name].dense(2), whole.terms[name].dense(2)) for name in terms)
+
+
+@pytest.mark.parametrize("tuner", CASES, ids=str)
+def test_round_trip_as_data(tuner: Tuner) -> None:
+    assert step_from_dict("tuner", tuner.to_dict()) == tuner
+
+
+def test_a_loss_that_is_not_finite_is_refused() -> None:
+    model = TwoLayers()
+    terms = rounded(model, FORMATS[0])
+    model.weights["b"][0, 0] = torch.inf
+    with pytest.raises(ElastiqError, match="scales: the loss at 2 bits is not finite after 0 steps; use a smaller"):
+        ScaleTuning(steps=2).tune(model, terms, 2, Memory())
+    with pytest.raises(ElastiqError, match="scales: steps, batch, holdout, rate, falloff and fewer must be positive"):
+        ScaleTuning(rate=0.0)

@@ -1,0 +1,133 @@
+"""Levels tuned against the full model: the loss, the files, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+import elastiq
+from elastiq import ElastiqError, recipes
+from elastiq.calibrate import mixed_ids
+from elastiq.checkpoint import CheckpointReader
+from elastiq.evaluate import load_tokenizer
+from elastiq.quantize import plan, quantize
+from elastiq.tune import Divergence
+from elastiq.tuners import ScaleTuning
+
+IDS = torch.randint(1, 250, (8, 32), generator=torch.Generator().manual_seed(0))
+TEXT = torch.randint(1, 250, (20, 32), generator=torch.Generator().manual_seed(1))
+UNTUNED = recipes.rtn((2, 4), 32)
+RECIPE = replace(UNTUNED, tuner=ScaleTuning(steps=12, batch=4, rate=2e-2, holdout=4))
+
+
+def digests(path: Path) -> dict[str, str]:
+    return {name: row["sha256"] for name, row in json.loads((path / "checksums.json").read_text())["files"].items()}
+
+
+def divergence(checkpoint: Path, source: Path, bits: int) -> float:
+    """Mean KL from the 16-bit model on the text that was tuned on, by the plain formula."""
+    full = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = elastiq.load(checkpoint, bits=bits)
+    with torch.no_grad():
+        p, q = (m(TEXT).logits.double().log_softmax(-1).flatten(0, 1) for m in (full, model))
+    return float(F.kl_div(q, p, log_target=True, reduction="batchmean"))
+
+
+@pytest.mark.parametrize("known", [40, 7])
+def test_divergence_and_its_gradient(known: int) -> None:
+    """All tokens known: KL itself; some known: KL of the distributions in which the others are one event."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (2 * torch.randn(9, 40, generator=generator)).requires_grad_()
+    log_p = (2 * torch.randn(9, 40, generator=generator)).log_softmax(-1)
+    best, tokens = log_p.topk(known)
+    loss = Divergence.apply(logits, tokens, best)
+    (3 * loss).backward()
+    twin = logits.detach().double().requires_grad_()
+    q, p = twin.softmax(-1).gather(1, tokens), best.double().exp()
+    expected = (p * (p / q).log()).sum(1)
+    if known < 40:
+        expected = expected + (1 - p.sum(1)) * ((1 - p.sum(1)) / (1 - q.sum(1))).log()
+    (3 * expected.mean()).backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach().mean()), abs=1e-5)
+    assert logits.grad is not None and twin.grad is not None
+    assert torch.allclose(logits.grad.double(), twin.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "gemma3"])
+def test_every_kind_of_matrix(family: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Linear layers, transposed ones, fused experts and a tied embedding table; only the tuned scales differ."""
+    source = tiny_model(family)
+    recipe = replace(RECIPE, embeddings=family == "gemma3")
+    quantize(source, tmp_path / "before", replace(recipe, tuner=None), IDS)
+    summary = quantize(source, tmp_path / "after", recipe, IDS, tuning=TEXT, dtype=torch.float32)
+    assert summary.tuning == CheckpointReader(tmp_path / "after").info["tuning"]["loss"]
+    before, after = digests(tmp_path / "before"), digests(tmp_path / "after")
+    for bits in (2, 4):
+        losses = summary.tuning[str(bits)]
+        assert losses["after"] <= losses["before"]
+        if losses["after"] < losses["before"]:
+            assert divergence(tmp_path / "after", source, bits) < divergence(tmp_path / "before", source, bits)
+    assert summary.tuning["2"]["after"] < summary.tuning["2"]["before"]
+    for plane in range(1, 5):
+        name = f"plane-{plane}.safetensors"
+        old, new = load_file(tmp_path / "before" / name), load_file(tmp_path / "after" / name)
+        changed = {key for key in old if not torch.equal(old[key], new[key])}
+        assert old.keys() == new.keys() and all(key.endswith(("_2", "_4")) and "plane" not in key for key in changed)
+    assert before["base.safetensors"] == after["base.safetensors"]
+
+
+def test_bfloat16_arithmetic_also_helps(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    quantize(tiny_model("llama"), tmp_path / "before", UNTUNED, IDS)
+    quantize(tiny_model("llama"), tmp_path / "after", RECIPE, IDS, tuning=TEXT, dtype=torch.bfloat16)
+    assert divergence(tmp_path / "after", tiny_model("llama"), 2) < divergence(
+        tmp_path / "before", tiny_model("llama"), 2
+    )
+
+
+def test_stopped_and_resumed_is_byte_identical(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Stopped in every phase: finished blocks, answers and levels are not computed again; the bytes are the same."""
+    source = tiny_model("llama")
+    quantize(source, tmp_path / "whole", RECIPE, IDS, tuning=TEXT)
+    output, seen = tmp_path / "out", []
+    for stop in (("reading the full model's answers", 0), ("tuning 2 bits", 10), ("tuning 4 bits", 5)):
+
+        def progress(what: str, done: int, total: int, stop: tuple[str, int] = stop) -> None:
+            seen.append(what)
+            if (what, done) == stop:
+                raise KeyboardInterrupt
+
+        seen.clear()
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source, output, RECIPE, IDS, tuning=TEXT, progress=progress)
+        assert not output.exists()
+    assert not {"quantizing blocks", "reading the full model's answers"} & set(seen), "kept from the runs before"
+    assert [path.name for path in (tmp_path / "out.partial" / "tuned").glob("*.safetensors")] == ["2.safetensors"]
+    quantize(source, output, RECIPE, IDS, tuning=TEXT)
+    assert digests(output) == digests(tmp_path / "whole") and not (tmp_path / "out.partial").exists()
+
+
+def test_a_dry_run_counts_the_tuning(tiny_model: Callable[[str], Path]) -> None:
+    untuned, tuned = (plan(tiny_model("llama"), recipe, num_samples=8, seq_len=32) for recipe in (UNTUNED, RECIPE))
+    assert tuned.peak_memory > 0 and tuned.seconds > untuned.seconds and tuned.levels == untuned.levels
+
+
+def test_another_tuning_text_is_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    quantize(tiny_model("llama"), tmp_path / "out", RECIPE, IDS, tuning=TEXT)
+    with pytest.raises(ElastiqError, match="the tuning text has changed"):
+        quantize(tiny_model("llama"), tmp_path / "out", RECIPE, IDS, tuning=TEXT.flip(0))
+
+
+def test_several_texts_share_equally(tiny_model: Callable[[str], Path]) -> None:
+    tokenizer = load_tokenizer(tiny_model("llama"))
+    ids = mixed_ids(["a" * 500, "b" * 500, "c" * 500], tokenizer, 8, 16)
+    (a,), (b,), (c,) = (tokenizer(letter)["input_ids"] for letter in "abc")
+    assert ids[:, 0].tolist() == [a] * 3 + [b] * 3 + [c] * 2
+    assert torch.equal(mixed_ids(IDS, None, 4, 16), IDS[:4, :16])
