@@ -2,6 +2,7 @@
 
 quality: one nested file against files made for each width alone, at every width, on a model and a text.
 size: time and peak memory of quantizing one model, measured in a process of its own.
+decode: tokens per second of whole models beside llama.cpp and transformers (decode.py).
 
 Finished checkpoints are kept in --work and taken again, so an interrupted benchmark goes on where it stopped.
 """
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from decode import decode
 
 import elastiq
 from elastiq.evaluate import evaluate, write_json
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+app.command()(decode)
 
 Model = Annotated[Path, typer.Option(help="Directory of the 16-bit model.")]
 Work = Annotated[Path, typer.Option(help="Where checkpoints are kept.")]
