@@ -1,6 +1,8 @@
 """Benchmarks of elastiq: `python benchmarks/run.py CASE --json FILE`.
 
 quality: one nested file against files made for each width alone, at every width, on a model and a text.
+allocation: maps of every sensitivity and allocator against uniform and random ones, at every mean width;
+allocation-picture draws its rows, allocation-speed times the allocators on large tables.
 size: time and peak memory of quantizing one model, measured in a process of its own.
 decode: tokens per second of whole models beside llama.cpp and transformers (decode.py).
 
@@ -18,13 +20,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from allocation import allocation, allocation_picture, allocation_speed
 from decode import decode
 
 import elastiq
 from elastiq.evaluate import evaluate, write_json
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-app.command()(decode)
+for command in (allocation, allocation_picture, allocation_speed, decode):
+    app.command()(command)
 
 Model = Annotated[Path, typer.Option(help="Directory of the 16-bit model.")]
 Work = Annotated[Path, typer.Option(help="Where checkpoints are kept.")]

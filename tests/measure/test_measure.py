@@ -58,6 +58,17 @@ def test_damage_is_that_of_the_loaded_model(checkpoint: Path, text: Path) -> Non
     assert bench.damage({name: 2}) == measured, "lowering and raising again leaves no trace"
 
 
+def test_the_reference_may_be_the_full_model(
+    checkpoint: Path, text: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    bench = Bench(checkpoint, text, against=tiny_model("llama"), **SMALL)
+    with torch.no_grad():
+        full = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
+        p = F.log_softmax(full(bench.ids).logits[:, :-1].double(), dim=-1)
+        q = F.log_softmax(elastiq.load(checkpoint)(bench.ids).logits[:, :-1].double(), dim=-1)
+    assert bench.damage({}).kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_every_method_measures_and_is_kept(
     family: str, tiny_model: Callable[[str], Path], tmp_path: Path, text: Path

@@ -17,8 +17,9 @@ from ..core import Damage, ElastiqError, Evidence, Sensitivity, Step, step_from_
 from .table import Floats, Table
 
 DEFAULT_ALLOCATOR = "integer-programme"
-PREFERRED = ("kl", "output-error")
-"""Sensitivities in the order in which they are taken where none is named; the last one is always there."""
+PREFERRED = ("kl", "hessian-trace", "fisher", "gradient", "hessian-eigenvalue", "output-error")
+"""Sensitivities in the order in which they are taken where none is named, as measured (docs/allocation.md); the last
+one is always there."""
 _VERSION = 1
 _MOST = 1e30
 

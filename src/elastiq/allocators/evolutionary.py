@@ -13,7 +13,7 @@ from ..linalg import climb
 
 @dataclass(frozen=True)
 class Evolutionary(Allocator, name="evolutionary"):
-    """A (1 + offspring) evolution over maps within the budget (EvoPress, 2410.14649, algorithm 1), on the model's
+    """A (1 + offspring) evolution over maps within the budget (EvoPress, 2410.14649), on the model's
     measured damage, or on predicted losses where none can be measured.
 
     A child differs from its parent in a few level switches: some items a level up, others down until it fits. It

@@ -19,8 +19,8 @@ _TRIES = 4
 
 @dataclass(frozen=True)
 class IntegerProgramme(Allocator, name="integer-programme"):
-    """A multiple-choice knapsack for the HiGHS solver of scipy; any number of limits (HAWQ-V3, 2011.10680, section 3.4;
-    AdaQuant, 2006.10518, section 3.4; OHQ, 2309.01945; LQ-LoRA, 2311.12023, section 3.3).
+    """A multiple-choice knapsack for the HiGHS solver of scipy; any number of limits (HAWQ-V3, 2011.10680;
+    AdaQuant, 2006.10518; OHQ, 2309.01945; LQ-LoRA, 2311.12023).
 
     Before that, choices that cannot be in a map better than the frontier's are dropped by their reduced costs (Sinha
     and Zoltners 1979), so that of many thousand items a few hundred remain. gap: relative distance from the proved

@@ -13,7 +13,7 @@ from ..linalg import prices
 @dataclass(frozen=True)
 class MarginalGain(Allocator, name="marginal-gain"):
     """From the lowest levels on, the next level goes to the item whose loss falls most per cost (the greedy allocation
-    of MPTQ-ViT, 2401.14895, section 3.3, per matrix and with counted costs). It looks one level ahead; `Lagrangian`
+    of MPTQ-ViT, 2401.14895, per matrix and with counted costs). It looks one level ahead; `Lagrangian`
     looks along the hull."""
 
     def allocate(self, problem: Problem, damage: Callable[[Choices], float] | None = None) -> Solution:

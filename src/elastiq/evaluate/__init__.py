@@ -1,7 +1,7 @@
 """What a checkpoint, or a model before it, is worth."""
 
 from ..checkpoint.sizes import checkpoint_files, full_bytes, level_sizes, megabytes
-from .evaluation import evaluate
+from .evaluation import evaluate, load_full
 from .inspection import inspect_checkpoint, inspect_model
 from .kinds import kind, short_kinds
 from .record import read_evaluations, write_json
@@ -17,6 +17,7 @@ __all__ = [
     "kind",
     "level_error",
     "level_sizes",
+    "load_full",
     "load_tokenizer",
     "mean_error",
     "megabytes",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from ..checkpoint import CheckpointReader
 from ..core import Damage
-from ..evaluate import load_tokenizer, read_text, windows
+from ..evaluate import load_full, load_tokenizer, read_text, windows
 from ..load import load
 from ..runtime import NestedLinear, NestedMatrix, nested_matrices
 
@@ -22,33 +23,45 @@ _KL_ROWS = 512
 """Positions whose log-probabilities are compared at a time."""
 
 
+def read_windows(
+    path: str | Path, text: str | Path, window: int, num_windows: int | None
+) -> tuple[Tensor, dict[str, Any]]:
+    """[windows, window] tokens of a text as the checkpoint's tokenizer cuts it, and what identifies them."""
+    content, name = read_text(text), Path(text).name
+    ids = windows(content, load_tokenizer(path), window, num_windows, name)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return ids, {"name": name, "sha256": digest, "windows": len(ids), "window": window}
+
+
 class Bench:
     """The model of a checkpoint at its widest, each matrix decoded once into a dense float32 weight beside its planes.
 
-    `damage` reads any matrices at other widths and measures the predictions against those of the widest model, whose
-    log-probabilities are kept: windows x window x vocabulary floats. ids: [windows, window] of `text`.
+    `damage` reads any matrices at other widths and compares the predictions with a reference, the widest model or the
+    16-bit model `against`, whose log-probabilities are kept: windows x window x vocabulary floats.
+    ids: [windows, window] of `text`.
     """
 
     def __init__(
-        self, path: str | Path, text: str | Path, *, window: int = 512, num_windows: int | None = 4, device: str = "cpu"
+        self,
+        path: str | Path,
+        text: str | Path,
+        *,
+        window: int = 512,
+        num_windows: int | None = 4,
+        device: str = "cpu",
+        against: str | Path | None = None,
     ) -> None:
         self.reader = CheckpointReader(path)
-        content = read_text(text)
-        self.ids = windows(content, load_tokenizer(path), window, num_windows, Path(text).name).to(device)
-        self.text: dict[str, Any] = {
-            "name": Path(text).name,
-            "sha256": hashlib.sha256(content.encode()).hexdigest(),
-            "windows": len(self.ids),
-            "window": window,
-        }
+        ids, self.text = read_windows(path, text, window, num_windows)
+        self.ids = ids.to(device)
         self.model: nn.Module = load(path, device=device, dtype=torch.float32)
         self.nested = nested_matrices(self.model)
         self._widest = {name: matrix.bits for name, matrix in self.nested.items()}
         self._current = dict(self._widest)
         for name, matrix in self.nested.items():
             self._make_dense(name, matrix)
-        self._reference: Tensor | None = None
-        self._reference_nll = 0.0
+        self._against = against
+        self._device = device
 
     def parameter(self, name: str) -> nn.Parameter | None:
         """The dense weight of a matrix ([experts, out, in] for experts), None for an embedding, which stays nested."""
@@ -68,21 +81,19 @@ class Bench:
 
     def damage(self, widths: Mapping[str, int]) -> Damage:
         """What reading the matrices of `widths` so, and all others at the widest, does to the predictions."""
-        if self._reference is None:
-            self._set({})
-            self._reference, self._reference_nll = self._predict()
+        reference, reference_nll = self.reference
         self._set(widths)
         kl, nll, count = 0.0, 0.0, 0
         with torch.inference_mode():
             for index, ids in enumerate(self.ids):
-                log_q = F.log_softmax(self._logits(ids), dim=-1)
+                log_q = F.log_softmax(_logits(self.model, ids), dim=-1)
                 nll -= float(log_q.gather(1, ids[1:, None]).sum(dtype=torch.float64))
                 for first in range(0, len(log_q), _KL_ROWS):
-                    log_p = self._reference[index, first : first + _KL_ROWS]
+                    log_p = reference[index, first : first + _KL_ROWS]
                     part = log_p.exp() * (log_p - log_q[first : first + _KL_ROWS])
                     kl += float(part.sum(dtype=torch.float64))
                 count += len(log_q)
-        return Damage(max(0.0, kl / count), nll / count - self._reference_nll)
+        return Damage(max(0.0, kl / count), nll / count - reference_nll)
 
     @contextmanager
     def widest(self) -> Iterator[nn.Module]:
@@ -90,16 +101,16 @@ class Bench:
         self._set({})
         yield self.model
 
-    def _predict(self) -> tuple[Tensor, float]:
+    @cached_property
+    def reference(self) -> tuple[Tensor, float]:
         """Log-probabilities [windows, window - 1, vocabulary] and their mean loss."""
+        self._set({})
+        model = self.model
+        if self._against is not None:
+            model = load_full(self._against, None, self._device, torch.float32)
         with torch.inference_mode():
-            kept = torch.stack([F.log_softmax(self._logits(ids), dim=-1) for ids in self.ids])
-            targets = self.ids[:, 1:, None]
-            return kept, -float(kept.gather(2, targets).mean(dtype=torch.float64))
-
-    def _logits(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        return logits.float()
+            kept = torch.stack([F.log_softmax(_logits(model, ids), dim=-1) for ids in self.ids])
+            return kept, -float(kept.gather(2, self.ids[:, 1:, None]).mean(dtype=torch.float64))
 
     @torch.no_grad()
     def _set(self, widths: Mapping[str, int]) -> None:
@@ -126,3 +137,9 @@ class Bench:
             weight = nn.Parameter(matrix.dense(), requires_grad=False)
             delattr(parent, leaf)
             parent.register_parameter(leaf, weight)
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """[window - 1, vocabulary] float32 of one window."""
+    logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    return logits.float()

@@ -15,7 +15,7 @@ from ..checkpoint import CheckpointReader
 from ..checkpoint.files import json_bytes, read_json, replace_durably, write_durably
 from ..checkpoint.names import PARTIAL_SENSITIVITY
 from ..core import Damage, ElastiqError, Sensitivity, step_from_dict
-from .bench import Bench
+from .bench import Bench, read_windows
 from .evidence import gather
 
 Progress = Callable[[str, int, int], None]
@@ -48,14 +48,14 @@ def measure_sensitivity(
         return Measurement(step.to_dict(), rows, None, time.perf_counter() - begin)
     if text is None:
         raise ElastiqError(f"sensitivity {step.name}: it runs the model; give a text with --text")
-    bench = Bench(path, text, window=window, num_windows=num_windows, device=device)
+    _, facts = read_windows(path, text, window, num_windows)
     stored = read_stored(reader)
-    description = {"method": step.to_dict(), "text": bench.text, "untie": untie}
+    description = {"method": step.to_dict(), "text": facts, "untie": untie}
     found = stored.named(step.name)
-    groups = Table.of(reader, untie).groups if "damage" in step.needs else tuple((n,) for n in bench.nested)
-    same = found is not None and found.text == bench.text and {g for g, _ in found.groups} == set(groups)
-    if found is not None and same and not restart:
+    groups = Table.of(reader, untie).groups if "damage" in step.needs else tuple((n,) for n in reader.manifest.matrices)
+    if found is not None and not restart and found.text == facts and {g for g, _ in found.groups} == set(groups):
         return found
+    bench = Bench(path, text, window=window, num_windows=num_windows, device=device)
     stored = _with_uniform(reader, stored, bench, report)
     partial_file = _Partial(reader, description, restart)
     evidence = gather(bench, table_evidence(reader), _blocks(reader), step.needs - {"damage"}, report)

@@ -10,7 +10,7 @@ from ..core import Evidence, Sensitivity, non_increasing
 
 @dataclass(frozen=True)
 class Decoupled(Sensitivity, name="decoupled"):
-    """Metric-decoupled sensitivity (MixDQ, 2405.17873, section 3.2): two damages are measured apart and the worse one
+    """Metric-decoupled sensitivity (MixDQ, 2405.17873): two damages are measured apart and the worse one
     counts, so that neither hides behind the other.
 
     The paper's are an image's content and quality; here, both in nats per token, the KL divergence from the widest

@@ -10,7 +10,7 @@ from ..core import Evidence, Sensitivity, non_increasing
 
 @dataclass(frozen=True)
 class EmpiricalFisher(Sensitivity, name="fisher"):
-    """1/2 sum of F (Q - W)², F the mean squared gradient of every weight (LQ-LoRA, 2311.12023, section 3.2; the loss's
+    """1/2 sum of F (Q - W)², F the mean squared gradient of every weight (LQ-LoRA, 2311.12023; the loss's
     second order term with the diagonal empirical Fisher for its Hessian)."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"weight", "fisher"})

@@ -10,7 +10,7 @@ from ..core import Evidence, Sensitivity, non_increasing
 
 @dataclass(frozen=True)
 class GradientMagnitude(Sensitivity, name="gradient"):
-    """Sum of |g (Q - W)| with the mean gradient g: weights of large gradient must stay (GWQ, 2411.00850, section 3.1,
+    """Sum of |g (Q - W)| with the mean gradient g: weights of large gradient must stay (GWQ, 2411.00850,
     which keeps single such weights in high precision; here their matrix gets the bits)."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"weight", "gradient"})

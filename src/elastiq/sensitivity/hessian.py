@@ -10,7 +10,7 @@ from ..core import Evidence, Sensitivity, non_increasing
 
 @dataclass(frozen=True)
 class HessianTrace(Sensitivity, name="hessian-trace"):
-    """Mean Hessian eigenvalue times ||Q - W||² (HAWQ-V2, 1911.03852, equation 10), the trace by Hutchinson's estimate
+    """Mean Hessian eigenvalue times ||Q - W||² (HAWQ-V2, 1911.03852), the trace by Hutchinson's estimate
     with exact Hessian-vector products. A trace estimated below zero counts as zero."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"weight", "trace"})
@@ -25,7 +25,7 @@ class HessianTrace(Sensitivity, name="hessian-trace"):
 
 @dataclass(frozen=True)
 class HessianEigenvalue(Sensitivity, name="hessian-eigenvalue"):
-    """Largest eigenvalue times ||Q - W||² (HAWQ, 1905.03696, section 3), of the Gauss-Newton part of the Hessian as the
+    """Largest eigenvalue times ||Q - W||² (HAWQ, 1905.03696), of the Gauss-Newton part of the Hessian as the
     empirical Fisher gives it, by power iteration over a stream of gradients (as Oja 1982): two vectors in memory."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"weight", "eigenvalue"})

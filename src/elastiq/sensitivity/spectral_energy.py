@@ -13,7 +13,7 @@ from ..core import Evidence, Sensitivity, non_increasing
 @dataclass(frozen=True)
 class SpectralEnergy(Sensitivity, name="spectral-energy"):
     """Energy of the leading singular directions of the weight, each input channel scaled by its root mean square, times
-    the relative output error (after BitsMoE, 2606.00079, section 3, which gives bits to directions of a basis shared by
+    the relative output error (after BitsMoE, 2606.00079, which gives bits to directions of a basis shared by
     experts; here a matrix has one width, so its directions count together).
 
     share: part of the singular values that counts as leading.
