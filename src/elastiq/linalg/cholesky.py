@@ -7,6 +7,9 @@ from torch import Tensor
 
 from ..core import ElastiqError
 
+COLUMNS = 512
+"""Columns of a factor solved together; bounds the memory."""
+
 
 def damped(hessian: Tensor, damp: float) -> Tensor:
     """[in, in] with `damp` times the mean of the diagonal added to the diagonal.
@@ -17,16 +20,27 @@ def damped(hessian: Tensor, damp: float) -> Tensor:
     mean = hessian.diagonal().mean()
     if not mean > 0:
         return torch.eye(len(hessian), device=hessian.device)
-    return hessian + damp * mean * torch.eye(len(hessian), device=hessian.device)
+    result = hessian.clone()
+    result.diagonal().add_(damp * mean)
+    return result
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
     """Upper triangular U, float32, with inverse(H) = Uᵀ U; computed in double precision.
 
+    With rows and columns in reverse, H = L Lᵀ; U is the inverse of L, turned back. It is solved a few columns at a
+    time, so that only one matrix is held in double precision beside the one being factored.
     Raises torch.linalg.LinAlgError if H is not positive definite.
     """
-    lower = torch.linalg.cholesky(hessian.double())
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    size = len(hessian)
+    lower = torch.linalg.cholesky(hessian.flip(0, 1).double())
+    upper = torch.zeros_like(hessian, dtype=torch.float32)
+    for first in range(0, size, COLUMNS):
+        count = min(COLUMNS, size - first)
+        unit = torch.eye(size - first, count, dtype=lower.dtype, device=lower.device)
+        solved = torch.linalg.solve_triangular(lower[first:, first:], unit, upper=False)
+        upper[: size - first, size - first - count : size - first] = solved.flip(0, 1)
+    return upper
 
 
 def factor_with_retry(hessian: Tensor, damp: float, name: str) -> tuple[Tensor, Tensor, float]:

@@ -40,6 +40,7 @@ class GPTQ(Solver, name="gptq"):
             order = hessian.diagonal().argsort(descending=True, stable=True)
             hessian = hessian[order][:, order]
         damped, upper, _ = cholesky.factor_with_retry(hessian, self.damp, "gptq")
+        del hessian  # it is as large as all else here
         nest = Nest(format.levels[-1:], (1.0,))
         search = streams.Search(self.refits, self.passes, 0, self.block_size)
         codes, grid = streams.solve(weight, damped, upper, nest, format.fit(weight, stats), search, order)

@@ -43,8 +43,7 @@ class Nested(Solver, name="nested"):
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     def solve(self, weight: Tensor, format: Format, stats: Stats) -> tuple[Term, ...]:
-        hessian = stats.mean_hessian().to(weight.device)
-        damped, upper, _ = cholesky.factor_with_retry(hessian, self.damp, "nested")
+        damped, upper, _ = cholesky.factor_with_retry(stats.mean_hessian().to(weight.device), self.damp, "nested")
         nest = Nest(format.levels, self.level_weights(format.levels), self.beam)
         search = streams.Search(self.refits, self.passes, self.refines, self.block_size)
         return (Codes(*streams.solve(weight, damped, upper, nest, format.fit(weight, stats), search)),)
