@@ -8,11 +8,7 @@
 namespace elastiq {
 namespace {
 
-#if defined(__AVX512VNNI__)
-constexpr int kBatch = 8;
-#else
-constexpr int kBatch = 4;
-#endif
+constexpr int kBatch = 4;     // tokens that share one unpacking of the bits
 constexpr int kAhead = 2048;  // bytes that the software prefetch runs ahead in every plane
 
 // ---- activations
@@ -92,31 +88,42 @@ void widen(const Weight& w, const Input& x, const Activations& a, int token, int
 
 // Sums of one group: H digits of T tokens over B blocks.
 template <int R, int T, int H, int B>
-inline void group_sums(const Weight& w, const uint8_t* const (*plane)[R], const int8_t* const* x, const float* scale,
+ELASTIQ_INLINE void group_sums(const Weight& w, const uint8_t* const (*plane)[R], const int8_t* const* x, const float* scale,
                        size_t scales, int tile, int tile_end, vf (*f)[T]) {
   constexpr int N = kSlices == 1 && T * H * B < 4 ? 2 : 1;
   const size_t inputs = size_t(w.tiles) * kTileInputs;
+  ELASTIQ_UNROLL
   for (int b = 0; b < B; ++b)
+    ELASTIQ_UNROLL
     for (int t = 0; t < T; ++t) f[b][t] = splat(0.0f);
   for (int piece = 0; tile < tile_end; ++piece) {
     const int piece_end = tile + kPieceTiles < tile_end ? tile + kPieceTiles : tile_end;
     VI sum[B][T][H][kSlices][N] = {};
     for (; tile < piece_end; ++tile) {
+      ELASTIQ_UNROLL
       for (int b = 0; b < B; ++b) {
+        ELASTIQ_UNROLL
         for (int p = 0; p < R; ++p) __builtin_prefetch(plane[b][p] + size_t(tile) * kTileBytes + kAhead);
+        ELASTIQ_UNROLL
         for (int s = 0; s < kSlices; ++s) {
           V c[8];
           codes<R>(plane[b], size_t(tile) * kTileBytes + s * kSlice, c);
+          ELASTIQ_UNROLL
           for (int t = 0; t < T; ++t)
+            ELASTIQ_UNROLL
             for (int h = 0; h < H; ++h) dot<R, N>(sum[b][t][h][s], c, x[t] + h * inputs + tile * kTileInputs);
         }
       }
     }
+    ELASTIQ_UNROLL
     for (int b = 0; b < B; ++b) {
+      ELASTIQ_UNROLL
       for (int t = 0; t < T; ++t) {
         VI slices[kSlices];
+        ELASTIQ_UNROLL
         for (int s = 0; s < kSlices; ++s) {
           VI digit[H];
+          ELASTIQ_UNROLL
           for (int h = 0; h < H; ++h) digit[h] = N == 2 ? sum[b][t][h][s][0] + sum[b][t][h][s][N - 1] : sum[b][t][h][s][0];
           slices[s] = H == 2 ? (digit[0] << 8) + digit[H - 1] : digit[0];
         }
@@ -130,20 +137,26 @@ inline void group_sums(const Weight& w, const uint8_t* const (*plane)[R], const 
 
 // The same with floats, for H = 0.
 template <int R, int T>
-inline void group_floats(const uint8_t* const* plane, const float* const* x, int tile, int tile_end, vf* f) {
+ELASTIQ_INLINE void group_floats(const uint8_t* const* plane, const float* const* x, int tile, int tile_end, vf* f) {
   VF sum[T][kSlices] = {};
   for (; tile < tile_end; ++tile) {
+    ELASTIQ_UNROLL
     for (int p = 0; p < R; ++p) __builtin_prefetch(plane[p] + size_t(tile) * kTileBytes + kAhead);
+    ELASTIQ_UNROLL
     for (int s = 0; s < kSlices; ++s) {
       V c[8];
       codes<R>(plane, size_t(tile) * kTileBytes + s * kSlice, c);
+      ELASTIQ_UNROLL
       for (int j = 0; j < 8; ++j)
+        ELASTIQ_UNROLL
         for (int i = 0; i < 4; ++i) {
           const VF value = __builtin_convertvector(((VI)c[j] >> (8 * i)) & 255, VF);
+          ELASTIQ_UNROLL
           for (int t = 0; t < T; ++t) sum[t][s] += value * x[t][tile * kTileInputs + 4 * j + i];
         }
     }
   }
+  ELASTIQ_UNROLL
   for (int t = 0; t < T; ++t) {
     std::memcpy(&f[t], sum[t], sizeof f[t]);
     f[t] *= 1.0f / (1 << kSpare<R>);
@@ -154,16 +167,21 @@ template <int R, int T, int H, int B>
 void blocks(const Weight& w, const Output& out, const Input& x, const Activations& a, int token, const int* block) {
   const size_t inputs = size_t(w.tiles) * kTileInputs, scales = size_t(w.groups) * w.pieces();
   const uint8_t* plane[B][R];
+  ELASTIQ_UNROLL
   for (int b = 0; b < B; ++b)
+    ELASTIQ_UNROLL
     for (int p = 0; p < R; ++p) plane[b][p] = w.plane[p] + size_t(block[b]) * w.tiles * kTileBytes;
   const int8_t* bytes[T];
   const float* floats[T];
+  ELASTIQ_UNROLL
   for (int t = 0; t < T; ++t) {
     if (H > 0) bytes[t] = a.bytes + size_t(token + t) * H * inputs;
     if (H == 0) floats[t] = a.floats + size_t(token + t) * inputs;
   }
   vf y[B][T];
+  ELASTIQ_UNROLL
   for (int b = 0; b < B; ++b)
+    ELASTIQ_UNROLL
     for (int t = 0; t < T; ++t) y[b][t] = splat(0.0f);
   for (int group = 0; group < w.groups; ++group) {
     const int tile = group * w.group_tiles();
@@ -173,15 +191,19 @@ void blocks(const Weight& w, const Output& out, const Input& x, const Activation
       group_floats<R, T>(plane[0], floats, tile, tile_end, f[0]);
     else
       group_sums<R, T, H, B>(w, plane, bytes, a.scale + token * scales + size_t(group) * w.pieces(), scales, tile, tile_end, f);
+    ELASTIQ_UNROLL
     for (int b = 0; b < B; ++b) {
       const size_t at = (size_t(block[b]) * w.groups + group) * kTileRows;
       const vf scale = load_half(w.scale + at), zero = load_zero(w, at);
+      ELASTIQ_UNROLL
       for (int t = 0; t < T; ++t) y[b][t] += scale * (f[b][t] - zero * a.sum[size_t(token + t) * w.groups + group]);
     }
   }
+  ELASTIQ_UNROLL
   for (int b = 0; b < B; ++b) {
     const int row = block[b] * kTileRows, left = w.out_features - row, n = left < kTileRows ? left : kTileRows;
     const vf bias = out.bias ? load_some(out.bias, x.dtype, row, n) : splat(0.0f);
+    ELASTIQ_UNROLL
     for (int t = 0; t < T; ++t)
       store_some(out.values, x.dtype, size_t(token + t) * w.out_features + row, n, y[b][t] * w.factor + bias);
   }
@@ -202,9 +224,10 @@ void some_blocks(const Weight& w, const Output& out, const Input& x, const Activ
   for (int block = begin; block < end; ++block) {
     int token = 0;
     for (; token + kBatch <= x.tokens; token += kBatch) blocks<R, kBatch, H, 1>(w, out, x, a, token, &block);
-    if (kBatch == 8 && token + 4 <= x.tokens) blocks<R, 4, H, 1>(w, out, x, a, token, &block), token += 4;
-    if (token + 2 <= x.tokens) blocks<R, 2, H, 1>(w, out, x, a, token, &block), token += 2;
-    if (token < x.tokens) blocks<R, 1, H, 1>(w, out, x, a, token, &block);
+    if constexpr (H > 0 && kSlices == 1) {
+      for (; token + 2 <= x.tokens; token += 2) blocks<R, 2, H, 1>(w, out, x, a, token, &block);
+    }
+    for (; token < x.tokens; ++token) blocks<R, 1, H, 1>(w, out, x, a, token, &block);
   }
 }
 
@@ -241,12 +264,14 @@ void product(const Weight* weight, const Output* output, int count, const Input&
 template <int R>
 void tile_codes(const Weight& w, int block, int tile, uint8_t (*code)[kTileInputs]) {
   const size_t at = (size_t(block) * w.tiles + tile) * kTileBytes;
+  ELASTIQ_UNROLL
   for (int s = 0; s < kSlices; ++s) {
     V c[8];
     codes<R>(w.plane, at + s * kSlice, c);
     uint32_t four[8][kSlice / 4];
     std::memcpy(four, c, sizeof four);
     for (int row = 0; row < kSlice / 4; ++row)
+      ELASTIQ_UNROLL
       for (int j = 0; j < 8; ++j) std::memcpy(code[s * kSlice / 4 + row] + 4 * j, &four[j][row], 4);
   }
 }

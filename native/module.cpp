@@ -1,6 +1,14 @@
 // Python binding: plain integers are the data pointers of contiguous tensors that the caller has checked.
 #include <nanobind/stl/vector.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -15,7 +23,7 @@ namespace elastiq {
 
 const MatmulFunctions& matmul_functions(const std::string& path) {
 #if defined(__x86_64__)
-  if (path == "avx512_gfni") return matmul_gfni;
+  if (path == "amx" || path == "avx512_gfni") return matmul_gfni;
   if (path == "avx512_vnni") return matmul_vnni;
   if (path == "avx512" || path == "avx2") return matmul_avx2;
 #endif
@@ -65,6 +73,19 @@ Weight weight_of(nb::handle description) {
 
 namespace {
 
+#if defined(__x86_64__) && defined(__linux__)
+// Whether the processor has tile registers for bfloat16, and the kernel lets this process use them.
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#elif defined(__x86_64__)
+bool has_amx() { return false; }
+#endif
+
 // Each path includes those after it; `amx` and the two with VNNI concern products only.
 std::vector<std::string> paths() {
   std::vector<std::string> found;
@@ -74,7 +95,9 @@ std::vector<std::string> paths() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  if (vnni && __builtin_cpu_supports("gfni")) found.push_back("avx512_gfni");
+  const bool gfni = vnni && __builtin_cpu_supports("gfni");
+  if (gfni && has_amx()) found.push_back("amx");
+  if (gfni) found.push_back("avx512_gfni");
   if (vnni) found.push_back("avx512_vnni");
   if (avx512) found.push_back("avx512");
   if (avx2) found.push_back("avx2");
@@ -85,7 +108,7 @@ std::vector<std::string> paths() {
 
 const Functions& functions(const std::string& path) {
 #if defined(__x86_64__)
-  if (path.rfind("avx512", 0) == 0) return avx512;
+  if (path == "amx" || path.rfind("avx512", 0) == 0) return avx512;
   if (path == "avx2") return avx2;
 #endif
   if (path == "portable") return portable;
@@ -107,11 +130,12 @@ Nest nest_of(const std::vector<int>& bits, const std::vector<float>& lambda, int
   return nest;
 }
 
-// Memory for activations, kept by each thread that calls.
+// Memory for activations, kept by each thread that calls; at least `size` numbers from a multiple of 64 bytes on.
 template <typename T>
 T* scratch(std::vector<T>& memory, size_t size) {
-  if (memory.size() < size) memory.resize(size);
-  return memory.data();
+  if (memory.size() < size + 64) memory.resize(size + 64);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(memory.data());
+  return pointer<T>((address + 63) / 64 * 64);
 }
 
 void product(const std::string& path, const nb::list& matrices, uintptr_t x, int dtype, int tokens, int digits, int threads) {
@@ -129,6 +153,19 @@ void product(const std::string& path, const nb::list& matrices, uintptr_t x, int
   if (weights.empty() || tokens < 0 || digits < 0 || digits > 2 || dtype < kFloat32 || dtype > kFloat16 || threads < 1)
     throw std::invalid_argument("a product needs matrices, tokens, a mode, a type and threads");
   if (tokens == 0) return;
+  const Input input{pointer<const void>(x), Dtype(dtype), tokens};
+#if defined(__x86_64__)
+  const int parts = digits == 2 && dtype != kBfloat16 ? 2 : 1;
+  // More tokens than these are worth a decoding of the weights for tile registers.
+  if (path == "amx" && digits && tokens > (parts == 2 ? 16 : 8)) {
+    thread_local std::vector<uint16_t> packed;
+    thread_local std::vector<float> sums;
+    const Batch batch{parts, scratch(packed, batch_packed(weights[0], tokens, parts)), scratch(sums, batch_sums(threads))};
+    nb::gil_scoped_release release;
+    batch_product(weights.data(), outputs.data(), int(weights.size()), input, batch, threads);
+    return;
+  }
+#endif
   thread_local std::vector<int8_t> bytes;
   thread_local std::vector<float> floats, scale, sum;
   const Weight& w = weights[0];
@@ -137,7 +174,7 @@ void product(const std::string& path, const nb::list& matrices, uintptr_t x, int
                                 scratch(scale, size_t(tokens) * w.groups * w.pieces()), scratch(sum, size_t(tokens) * w.groups)};
   const MatmulFunctions& f = matmul_functions(path);
   nb::gil_scoped_release release;
-  f.product(weights.data(), outputs.data(), int(weights.size()), {pointer<const void>(x), Dtype(dtype), tokens}, activations, threads);
+  f.product(weights.data(), outputs.data(), int(weights.size()), input, activations, threads);
 }
 
 void decode(const std::string& path, const nb::tuple& matrix, uintptr_t rows, int64_t count, uintptr_t values, int dtype, int threads) {

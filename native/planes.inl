@@ -23,16 +23,16 @@ typedef uint64_t V __attribute__((vector_size(kSlice)));
 typedef int32_t VI __attribute__((vector_size(kSlice)));
 typedef float VF __attribute__((vector_size(kSlice)));
 
-inline V repeat(uint8_t byte) { return V{} + 0x0101010101010101u * byte; }
+ELASTIQ_INLINE V repeat(uint8_t byte) { return V{} + 0x0101010101010101u * byte; }
 
-inline V load_line(const uint8_t* p) {
+ELASTIQ_INLINE V load_line(const uint8_t* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
 // Bits of `a` where the mask is set, bits of `b` elsewhere.
-inline V select(V mask, V a, V b) {
+ELASTIQ_INLINE V select(V mask, V a, V b) {
 #if defined(__AVX512VNNI__)
   return (V)_mm512_ternarylogic_epi64((__m512i)mask, (__m512i)a, (__m512i)b, 0xCA);
 #else
@@ -42,7 +42,7 @@ inline V select(V mask, V a, V b) {
 
 // (byte >> shift) & (2^width - 1) of every byte.
 template <int shift, int width>
-inline V field(V v) {
+ELASTIQ_INLINE V field(V v) {
 #if defined(__AVX512VNNI__) && defined(__GFNI__)
   if constexpr (shift > 0) {
     uint64_t matrix = 0;  // byte 7 - i picks the bit that becomes bit i
@@ -59,13 +59,14 @@ constexpr int kField = R == 1 ? 1 : R == 2 ? 2 : 4;
 
 // Joins the lines of R <= 4 planes: byte field m of register i is the code of position j = i + kField * m.
 template <int R>
-inline void join(const V* line, V* f) {
+ELASTIQ_INLINE void join(const V* line, V* f) {
   if constexpr (R == 1) {
     f[0] = line[0];
   } else {
     const V odd = repeat(0xAA), pair = repeat(0xCC);
     const V none{};
     V even2[2], odd2[2];
+    ELASTIQ_UNROLL
     for (int p = 0; p < (R + 1) / 2; ++p) {
       const V a = line[2 * p], b = 2 * p + 1 < R ? line[2 * p + 1] : none;
       even2[p] = select(odd, a << 1, b);
@@ -84,7 +85,7 @@ inline void join(const V* line, V* f) {
 }
 
 template <int F, int j = 0>
-inline void split(const V* f, V* c) {
+ELASTIQ_INLINE void split(const V* f, V* c) {
   if constexpr (j < 8) {
     c[j] = field<F*(j / F), F>(f[j % F]);
     split<F, j + 1>(f, c);
@@ -96,8 +97,9 @@ template <int R>
 constexpr int kSpare = R <= 2 ? 0 : R <= 4 ? 4 - R : 8 - R;
 
 template <int R>
-inline void codes(const uint8_t* const* plane, size_t at, V* c) {
+ELASTIQ_INLINE void codes(const uint8_t* const* plane, size_t at, V* c) {
   V line[R], high[4];
+  ELASTIQ_UNROLL
   for (int p = 0; p < R; ++p) line[p] = load_line(plane[p] + at);
   if constexpr (R <= 4) {
     join<R>(line, high);
@@ -107,9 +109,11 @@ inline void codes(const uint8_t* const* plane, size_t at, V* c) {
     join<4>(line, high);
     // Absent planes are zeros: the low nibble is filled from above.
     V rest[4] = {};
+    ELASTIQ_UNROLL
     for (int p = 4; p < R; ++p) rest[p - 4] = line[p];
     join<4>(rest, low);
     const V top = repeat(0xF0);
+    ELASTIQ_UNROLL
     for (int j = 0; j < 4; ++j) {
       c[j] = select(top, high[j] << 4, low[j]);
       c[j + 4] = select(top, high[j], low[j] >> 4);
@@ -120,7 +124,8 @@ inline void codes(const uint8_t* const* plane, size_t at, V* c) {
 // Sums of codes times bytes, a 32-bit lane per row; N chains hide the latency of the additions.
 #if defined(__AVX512VNNI__)
 template <int R, int N>
-inline void dot(VI* sum, const V* c, const int8_t* x) {
+ELASTIQ_INLINE void dot(VI* sum, const V* c, const int8_t* x) {
+  ELASTIQ_UNROLL
   for (int j = 0; j < 8; ++j) {
     int32_t four;
     std::memcpy(&four, x + 4 * j, sizeof four);
@@ -129,10 +134,11 @@ inline void dot(VI* sum, const V* c, const int8_t* x) {
 }
 #elif defined(__AVX2__)
 template <int R, int N>
-inline void dot(VI* sum, const V* c, const int8_t* x) {
+ELASTIQ_INLINE void dot(VI* sum, const V* c, const int8_t* x) {
   // Nibbles, because sums of two products of full bytes would saturate 16 bits: 15 * 128 * 16 = 30720 does not.
   const __m256i ones = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(0x0F);
   __m256i low = _mm256_setzero_si256(), high = low;
+  ELASTIQ_UNROLL
   for (int j = 0; j < 8; ++j) {
     int32_t four;
     std::memcpy(&four, x + 4 * j, sizeof four);
@@ -150,7 +156,8 @@ inline void dot(VI* sum, const V* c, const int8_t* x) {
 }
 #else
 template <int R, int N>
-inline void dot(VI* sum, const V* c, const int8_t* x) {
+ELASTIQ_INLINE void dot(VI* sum, const V* c, const int8_t* x) {
+  ELASTIQ_UNROLL
   for (int j = 0; j < 8; ++j) {
     uint8_t code[kSlice];
     std::memcpy(code, &c[j], sizeof code);
@@ -161,7 +168,7 @@ inline void dot(VI* sum, const V* c, const int8_t* x) {
 #endif
 
 // Sixteen half-precision numbers.
-inline vf load_half(const uint16_t* p) {
+ELASTIQ_INLINE vf load_half(const uint16_t* p) {
 #if defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__)
@@ -182,7 +189,7 @@ inline vf load_half(const uint16_t* p) {
 }
 
 // The same with rounding to nearest even; overflow becomes infinite.
-inline void store_half(uint16_t* p, vf x) {
+ELASTIQ_INLINE void store_half(uint16_t* p, vf x) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
@@ -204,14 +211,14 @@ inline void store_half(uint16_t* p, vf x) {
 #endif
 }
 
-inline vi to_bfloat(vf x) {
+ELASTIQ_INLINE vi to_bfloat(vf x) {
   const vi bits = bits_of(x);
   const vi rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   return (bits & 0x7FFFFFFF) > 0x7F800000 ? splat(0x7FC0) : rounded & 0xFFFF;
 }
 
 // Elements `at` to `at + n` of an array, the rest zeros.
-inline vf load_some(const void* values, Dtype dtype, size_t at, int n) {
+ELASTIQ_INLINE vf load_some(const void* values, Dtype dtype, size_t at, int n) {
   if (dtype == kFloat32) {
     float v[kLanes] = {};
     std::memcpy(v, (const float*)values + at, n * sizeof(float));
@@ -225,7 +232,7 @@ inline vf load_some(const void* values, Dtype dtype, size_t at, int n) {
   return from_bits(wide << 16);
 }
 
-inline void store_some(void* values, Dtype dtype, size_t at, int n, vf x) {
+ELASTIQ_INLINE void store_some(void* values, Dtype dtype, size_t at, int n, vf x) {
   if (dtype == kFloat32) {
     std::memcpy((float*)values + at, &x, n * sizeof(float));
     return;
@@ -240,7 +247,7 @@ inline void store_some(void* values, Dtype dtype, size_t at, int n, vf x) {
   std::memcpy((uint16_t*)values + at, v, n * sizeof(uint16_t));
 }
 
-inline vf load_zero(const Weight& w, size_t at) {
+ELASTIQ_INLINE vf load_zero(const Weight& w, size_t at) {
   return w.zero ? load_half(w.zero + at) * w.zero_factor + w.zero_shift : splat(w.middle);
 }
 

@@ -58,20 +58,6 @@ def tiled(weight: QuantizedWeight, bits: int) -> TiledWeight:
     )  # fmt: skip
 
 
-def product(x: Tensor, weight: TiledWeight, bias: Tensor | None = None, activations: str = "int16") -> Tensor:
-    return matmul(
-        x, weight.planes, weight.scale, weight.zero_point, bias, weight.level, weight.out_features, weight.group_size,
-        activations,
-    )  # fmt: skip
-
-
-def values(weight: TiledWeight, rows: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    return decode(
-        weight.planes, weight.scale, weight.zero_point, rows, weight.level, weight.out_features, weight.in_features,
-        weight.group_size, dtype,
-    )  # fmt: skip
-
-
 def activations_of(tokens: int, width: int, seed: int = 0, outliers: bool = False) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, width, generator=generator)
@@ -122,13 +108,13 @@ def test_against_double_precision(path: str, bits: int, shape: tuple[int, int], 
     weight = random_weight(shape, group_size=group_size, symmetric=bits % 3 == 0, seed=bits)
     dense = weight.dequantize(bits).double()
     tiles = tiled(weight, bits)
-    assert torch.equal(values(tiles).double(), dense)
+    assert torch.equal(decode(tiles).double(), dense)
     bias = torch.randn(shape[0])
     for tokens in (1, 2, 7, 13):
         for mode, error in ERROR.items():
             for outliers in (False, True):
                 x = activations_of(tokens, shape[1], bits, outliers)
-                result = product(x, tiles, bias, mode)
+                result = matmul(x, tiles, bias, mode)
                 assert relative(result - bias, x.double() @ dense.T) < error * (2 if outliers else 1)
 
 
@@ -140,7 +126,7 @@ def test_any_number_of_tokens_in_any_type(path: str, tokens: int, dtype: torch.d
     x = activations_of(tokens, 192).to(dtype)
     bias = torch.randn(40).to(dtype)
     expected = x.double() @ weight.dequantize(5).double().T + bias.double()
-    result = product(x.view(1, tokens, 192), tiles, bias)
+    result = matmul(x.view(1, tokens, 192), tiles, bias)
     assert result.dtype == dtype and result.shape == (1, tokens, 40)
     assert relative(result[0], expected) < {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
 
@@ -149,8 +135,8 @@ def test_any_number_of_tokens_in_any_type(path: str, tokens: int, dtype: torch.d
 def test_groups_that_tiles_do_not_fit(path: str, group_size: int) -> None:
     weight = random_weight((19, 96), group_size=group_size)
     tiles, x = tiled(weight, 3), activations_of(3, 96)
-    assert torch.equal(values(tiles), weight.dequantize(3))
-    assert relative(product(x, tiles), x.double() @ weight.dequantize(3).double().T) < 1e-4
+    assert torch.equal(decode(tiles), weight.dequantize(3))
+    assert relative(matmul(x, tiles), x.double() @ weight.dequantize(3).double().T) < 1e-4
 
 
 def test_long_groups_do_not_overflow(path: str) -> None:
@@ -162,7 +148,7 @@ def test_long_groups_do_not_overflow(path: str) -> None:
     x = torch.full((1, 4096), -3.0)
     expected = x.double() @ weight.dequantize(8).double().T
     for mode in ERROR:
-        assert relative(product(x, tiled(weight, 8), None, mode), expected) < 1e-5
+        assert relative(matmul(x, tiled(weight, 8), None, mode), expected) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -171,10 +157,10 @@ def test_decoding_equals_the_twin(path: str, dtype: torch.dtype) -> None:
     rows = torch.tensor([36, 0, 17, 17, 5])
     for bits in range(1, 9):
         tiles = tiled(weight, bits)
-        assert torch.equal(values(tiles, None, dtype), reference.decode(tiles).to(dtype))
-        assert torch.equal(values(tiles, rows, dtype), weight.dequantize(bits)[rows].to(dtype))
+        assert torch.equal(decode(tiles, None, dtype), reference.decode(tiles).to(dtype))
+        assert torch.equal(decode(tiles, rows, dtype), weight.dequantize(bits)[rows].to(dtype))
     with pytest.raises(IndexError):
-        values(tiles, torch.tensor([37]))
+        decode(tiles, torch.tensor([37]))
 
 
 @pytest.mark.parametrize("mode", ERROR)
@@ -184,7 +170,7 @@ def test_strange_activations_never_vanish(path: str, mode: str, bad: float) -> N
     for tokens in (3, 40):
         x = activations_of(tokens, 128)
         x[1, 70] = bad
-        result = product(x, weight, None, mode)
+        result = matmul(x, weight, None, mode)
         assert not result[1].isfinite().any()
         assert result[[0, 2]].isfinite().all()
 
@@ -202,17 +188,17 @@ def test_padding_is_never_read(path: str, mode: str) -> None:
         plane[1, :, 2:] = 0xFF  # rows beyond 18
         plane[:, 2, :, :] |= 0xFC  # inputs beyond 72
     dirty.scale[1, :, 2:] = float("nan")
-    assert torch.equal(product(x, dirty, None, mode), product(x, clean, None, mode))
-    assert torch.equal(values(dirty), values(clean))
+    assert torch.equal(matmul(x, dirty, None, mode), matmul(x, clean, None, mode))
+    assert torch.equal(decode(dirty), decode(clean))
 
 
 def test_zeros_and_extremes(path: str) -> None:
     tiles = tiled(random_weight((20, 128)), 4)
-    assert torch.equal(product(torch.zeros(2, 128), tiles), torch.zeros(2, 20))
-    assert product(torch.zeros(0, 128), tiles).shape == (0, 20)
+    assert torch.equal(matmul(torch.zeros(2, 128), tiles), torch.zeros(2, 20))
+    assert matmul(torch.zeros(0, 128), tiles).shape == (0, 20)
     for size in (1e-25, 1e30):
         x = size * activations_of(2, 128)
-        assert relative(product(x, tiles), x.double() @ values(tiles).double().T) < 1e-4
+        assert relative(matmul(x, tiles), x.double() @ decode(tiles).double().T) < 1e-4
 
 
 @pytest.mark.parametrize("path", COMPILED)
@@ -226,7 +212,7 @@ def test_threads_change_no_bit(path: str, tokens: int, threads: None) -> None:
             results = []
             for count in (1, 2):
                 torch.set_num_threads(count)
-                results.append([product(x, tiles, None, mode) for mode in ("int16", "int8")])
+                results.append([matmul(x, tiles, None, mode) for mode in ("int16", "int8")])
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     finally:
         native.use(None)
@@ -240,8 +226,8 @@ def test_matrices_that_share_an_input(path: str) -> None:
         biases = [torch.randn(40), None, torch.randn(7)]
         for tokens in (1, 6, 50):
             x = activations_of(tokens, 128)
-            together = cpu.matmul_shared(x, weights, biases)
-            apart = [product(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+            together = cpu.matmul_shared(path, x, weights, biases)
+            apart = [matmul(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
             assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
     finally:
         native.use(None)
@@ -249,44 +235,38 @@ def test_matrices_that_share_an_input(path: str) -> None:
 
 @pytest.mark.skipif(not COMPILED, reason="needs the compiled module")
 def test_what_does_not_fit_is_refused() -> None:
-    tiles, x = tiled(random_weight((20, 128)), 4), activations_of(2, 128)
+    tiles, x, path = tiled(random_weight((20, 128)), 4), activations_of(2, 128), COMPILED[0]
 
     def altered(**fields: object) -> TiledWeight:
-        kept = {name: getattr(tiles, name) for name in TiledWeight.__slots__}
-        return TiledWeight(**(kept | fields))  # type: ignore[arg-type]
+        return tiles._replace(**fields)
 
     with pytest.raises(ElastiqError, match=r"a plane is torch\.uint8 \[1, 4, 16, 4\], not 512 contiguous bytes"):
-        cpu.matmul(x, altered(planes=[plane[:1] for plane in tiles.planes]))
+        cpu.matmul(path, x, altered(planes=[plane[:1] for plane in tiles.planes]))
     with pytest.raises(ElastiqError, match=r"a plane is torch\.int8"):
-        cpu.decode(altered(planes=[plane.view(torch.int8) for plane in tiles.planes]))
+        cpu.decode(path, altered(planes=[plane.view(torch.int8) for plane in tiles.planes]))
     with pytest.raises(ElastiqError, match=r"a scale is torch\.float32"):
-        cpu.matmul(x, altered(scale=tiles.scale.float()))
+        cpu.matmul(path, x, altered(scale=tiles.scale.float()))
     with pytest.raises(ElastiqError, match=r"a scale is torch\.float16"):
-        cpu.decode(altered(zero_point=tiles.zero_point[:, :1]))
+        cpu.decode(path, altered(zero_point=tiles.zero_point[:, :1]))
     with pytest.raises(ElastiqError, match="0 planes"):
-        cpu.matmul(x, altered(planes=[]))
+        cpu.matmul(path, x, altered(planes=[]))
     with pytest.raises(ElastiqError, match=r"x is torch\.float32 \[2, 127\]; 128 inputs"):
-        cpu.matmul(x[:, :127], tiles)
+        cpu.matmul(path, x[:, :127], tiles)
     with pytest.raises(ElastiqError, match="a bias has 19 numbers, the matrix 20 rows"):
-        cpu.matmul(x, tiles, torch.zeros(19))
+        cpu.matmul(path, x, tiles, torch.zeros(19))
     with pytest.raises(ElastiqError, match="activations are int16, int8, float, not 'int4'"):
-        cpu.matmul(x, tiles, None, "int4")
+        cpu.matmul(path, x, tiles, None, "int4")
     memory = torch.zeros(513 + 64, dtype=torch.uint8)
     start = 1 - memory.data_ptr() % 64 + 64 * (memory.data_ptr() % 64 > 1)
     with pytest.raises(ValueError, match="planes must begin at a multiple of 64 bytes"):
-        cpu.matmul(x, altered(planes=[memory[start : start + 512]]))
+        cpu.matmul(path, x, altered(planes=[memory[start : start + 512]]))
 
 
 def test_an_operation_of_torch(path: str) -> None:
     weight = tiled(random_weight((20, 128)), 4)
     x = activations_of(3, 128)
-    arguments = (
-        x, list(weight.planes), weight.scale, weight.zero_point, None, weight.level, weight.out_features,
-        weight.group_size, "int16",
-    )  # fmt: skip
-    torch.library.opcheck(matmul, arguments, test_utils=("test_schema", "test_faketensor"))
-    arguments = (
-        list(weight.planes), weight.scale, weight.zero_point, torch.tensor([3]), weight.level, weight.out_features,
-        weight.in_features, weight.group_size, torch.float32,
-    )  # fmt: skip
-    torch.library.opcheck(decode, arguments, test_utils=("test_schema", "test_faketensor"))
+    checks = ("test_schema", "test_faketensor")
+    product, values = torch.ops.elastiq.matmul.default, torch.ops.elastiq.decode.default
+    torch.library.opcheck(product, (x, *weight[:3], None, *weight[3:], "int16"), test_utils=checks)
+    torch.library.opcheck(values, (*weight[:3], torch.tensor([3]), *weight[3:], torch.float32), test_utils=checks)
+    assert torch.equal(product(x, *weight[:3], None, *weight[3:], "int16"), matmul(x, weight))

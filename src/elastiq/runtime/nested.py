@@ -33,6 +33,7 @@ class NestedMatrix(nn.Module):
         self.stored = stored
         self._planes = 0
         self._bits = 0
+        self._sizes = stored.out_features, stored.in_features, stored.group_size
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
 
     @property
@@ -60,6 +61,9 @@ class NestedMatrix(nn.Module):
             )
         self._bits = bits
         NestedMatrix.changes += 1
+        level = self.stored.scale_level(bits)
+        planes = tuple(plane_array(plane) for plane in range(1, bits + 1))
+        self._names = planes, f"scale_{level}", f"zero_point_{level}", level
 
     def hold(self, arrays: dict[str, Tensor]) -> None:
         """Take the arrays of the next plane. Raises ElastiqError if they are not exactly those of that plane."""
@@ -85,33 +89,20 @@ class NestedMatrix(nn.Module):
 
     def dense(self, index: Tensor | int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values at `bits`: the whole matrix, or the rows (of experts: the one matrix) that `index` picks."""
-        planes, scale, zero_point, level = self._read()
-        *experts, out_features, in_features = self.stored.shape
-        group_size = self.stored.group_size
-        if not experts:
-            return decode(planes, scale, zero_point, index, level, out_features, in_features, group_size, dtype)
-        members = range(experts[0]) if index is None else [index]
-        values = [
-            decode(
-                [plane[e] for plane in planes], scale[e], None if zero_point is None else zero_point[e], None, level,
-                out_features, in_features, group_size, dtype,
-            )
-            for e in members
-        ]  # fmt: skip
-        return torch.stack(values) if index is None else values[0]
+        weight = self.tiled()
+        if len(self.stored.shape) == 2:
+            return decode(weight, cast(Tensor | None, index), dtype)
+        if index is None:
+            return torch.stack([self.dense(expert, dtype) for expert in range(self.stored.shape[0])])
+        planes, scale, zero_point, *rest = weight
+        zero_point = None if zero_point is None else zero_point[index]
+        return decode(TiledWeight([plane[index] for plane in planes], scale[index], zero_point, *rest), None, dtype)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + bias at `bits`, in the dtype of x; by way of the dense matrix if gradients are asked for."""
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return F.linear(x, self.dense().to(x.dtype), bias)
-        planes, scale, zero_point, level = self._read()
-        stored = self.stored
-        return matmul(x, planes, scale, zero_point, bias, level, stored.shape[0], stored.group_size, self.activations)
-
-    def tiled(self) -> TiledWeight:
-        """The matrix [out, in] at `bits` as products read it; its arrays are those held here."""
-        out_features, in_features = self.stored.shape
-        return TiledWeight(*self._read(), out_features, in_features, self.stored.group_size)
+        return matmul(x, self.tiled(), bias, self.activations)
 
     def read_arrays(self) -> list[Tensor]:
         """The arrays that reading at `bits` touches."""
@@ -119,12 +110,11 @@ class NestedMatrix(nn.Module):
         names += self.stored.scale_arrays(self.stored.scale_level(self._bits))
         return [self.get_buffer(name) for name in names]
 
-    def _read(self) -> tuple[list[Tensor], Tensor, Tensor | None, int]:
-        """Planes, scale, zero point and the level of these, as `bits` reads them."""
-        level = self.stored.scale_level(self._bits)
-        buffers = cast(dict[str, Tensor], self._buffers)
-        planes = [buffers[plane_array(plane)] for plane in range(1, self._bits + 1)]
-        return planes, buffers[f"scale_{level}"], buffers.get(f"zero_point_{level}"), level
+    def tiled(self) -> TiledWeight:
+        """The matrix at `bits` as products read it; its arrays are those held here."""
+        buffers, (planes, scale, zero_point, level) = cast(dict[str, Tensor], self._buffers), self._names
+        arrays = [buffers[name] for name in planes]
+        return TiledWeight(arrays, buffers[scale], buffers.get(zero_point), level, *self._sizes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves between devices apply to scales and zero points, changes of dtype do not."""

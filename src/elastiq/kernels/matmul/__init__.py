@@ -1,7 +1,7 @@
 """Products with nested matrices, read from their bit planes in tile order.
 
-`torch.ops.elastiq.matmul` is what modules call, so that compilers and exporters see one operation; compiled code runs
-behind it where it can, else the readable twin.
+Compilers and exporters see `torch.ops.elastiq.matmul` and `torch.ops.elastiq.decode`; compiled code runs behind them
+where it can, else the readable twin.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["TiledWeight", "decode", "matmul", "tile_plane", "tile_scale", "until
 _library = torch.library.Library("elastiq", "DEF")
 _library.define(
     "matmul(Tensor x, Tensor[] planes, Tensor scale, Tensor? zero_point, Tensor? bias, int level, int out_features, "
-    "int group_size, str activations) -> Tensor"
+    "int in_features, int group_size, str activations) -> Tensor"
 )
 _library.define(
     "decode(Tensor[] planes, Tensor scale, Tensor? zero_point, Tensor? rows, int level, int out_features, "
@@ -26,42 +26,44 @@ _library.define(
 )
 
 
-def _matmul(
-    x: Tensor,
-    planes: list[Tensor],
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    level: int,
-    out_features: int,
-    group_size: int,
-    activations: str,
-) -> Tensor:
-    weight = TiledWeight(planes, scale, zero_point, level, out_features, x.shape[-1], group_size)
-    if cpu.available(x.device, x.dtype):
-        return cpu.matmul(x, weight, bias, activations)
-    return reference.matmul(x, weight, bias)
+def matmul(x: Tensor, weight: TiledWeight, bias: Tensor | None = None, activations: str = "int16") -> Tensor:
+    """x Wᵀ + bias in the dtype of x [..., in_features]. No gradient passes.
+
+    An operation of torch wherever anything else than this process looks on; called straight otherwise, which saves
+    several microseconds.
+    """
+    if type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
+        return _matmul(x, weight, bias, activations)
+    return torch.ops.elastiq.matmul.default(x, *weight[:3], bias, *weight[3:], activations)
 
 
-def _decode(
-    planes: list[Tensor],
-    scale: Tensor,
-    zero_point: Tensor | None,
-    rows: Tensor | None,
-    level: int,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def decode(weight: TiledWeight, rows: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values [out_features, in_features], or [len(rows), in_features] of some rows, in `dtype`."""
+    return torch.ops.elastiq.decode.default(*weight[:3], rows, *weight[3:], dtype)
+
+
+def _matmul(x: Tensor, weight: TiledWeight, bias: Tensor | None, activations: str) -> Tensor:
+    path = cpu.path_for(x, x.dtype)
+    return reference.matmul(x, weight, bias) if path is None else cpu.matmul(path, x, weight, bias, activations)
+
+
+def _matmul_op(x: Tensor, planes: list[Tensor], scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
+               level: int, out_features: int, in_features: int, group_size: int,
+               activations: str) -> Tensor:  # fmt: skip
     weight = TiledWeight(planes, scale, zero_point, level, out_features, in_features, group_size)
-    if cpu.available(scale.device, dtype):
-        return cpu.decode(weight, rows, dtype)
-    return reference.decode(weight, rows).to(dtype)
+    return _matmul(x, weight, bias, activations)
+
+
+def _decode_op(planes: list[Tensor], scale: Tensor, zero_point: Tensor | None, rows: Tensor | None, level: int,
+               out_features: int, in_features: int, group_size: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
+    weight = TiledWeight(planes, scale, zero_point, level, out_features, in_features, group_size)
+    path = cpu.path_for(scale, dtype)
+    return reference.decode(weight, rows).to(dtype) if path is None else cpu.decode(path, weight, rows, dtype)
 
 
 def _matmul_shape(x: Tensor, planes: list[Tensor], scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
-                  level: int, out_features: int, group_size: int, activations: str) -> Tensor:  # fmt: skip
+                  level: int, out_features: int, in_features: int, group_size: int,
+                  activations: str) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -71,12 +73,6 @@ def _decode_shape(planes: list[Tensor], scale: Tensor, zero_point: Tensor | None
     return scale.new_empty((count, in_features), dtype=dtype)
 
 
-for name, body, shape in (("matmul", _matmul, _matmul_shape), ("decode", _decode, _decode_shape)):
+for name, body, shape in (("matmul", _matmul_op, _matmul_shape), ("decode", _decode_op, _decode_shape)):
     _library.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"elastiq::{name}", shape, lib=_library)
-
-matmul = torch.ops.elastiq.matmul.default
-"""x Wᵀ + bias in the dtype of x [..., in_features]; the fields of a TiledWeight one by one. No gradient passes."""
-
-decode = torch.ops.elastiq.decode.default
-"""Values [out_features, in_features], or [len(rows), in_features] of some rows, in `dtype`."""

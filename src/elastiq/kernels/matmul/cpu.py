@@ -21,16 +21,17 @@ DIGITS = {"int16": 2, "int8": 1, "float": 0}
 """Bytes of a fixed-point activation by mode; 0 for floats."""
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_TOKENS = 32
-"""Longest batch that is multiplied on the planes; more tokens share one decoding of the matrix."""
+"""Longest batch that is multiplied on the planes without tile registers; more tokens share one decoded matrix."""
 
 
-def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether compiled code takes tensors of this device and type."""
-    return native.module is not None and device.type == "cpu" and dtype in DTYPES and native.current() != "torch"
+def path_for(like: Tensor, dtype: torch.dtype) -> str | None:
+    """The compiled path that takes tensors where `like` is, of this type; None if none does."""
+    path = native.current() if like.is_cpu and dtype in DTYPES else "torch"
+    return None if path == "torch" else path
 
 
-def decode(weight: TiledWeight, rows: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values [out_features, in_features] in `dtype`, or [len(rows), in_features] of some rows.
+def decode(path: str, weight: TiledWeight, rows: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values [out_features, in_features] in `dtype`, or [len(rows), in_features] of some rows, by a compiled path.
 
     Raises IndexError for rows that the matrix does not have.
     """
@@ -43,66 +44,71 @@ def decode(weight: TiledWeight, rows: Tensor | None = None, dtype: torch.dtype =
     if count == 0:
         return values
     native.module.decode(  # type: ignore[union-attr]
-        native.current(), described(weight), 0 if rows is None else rows.data_ptr(), count, values.data_ptr(),
+        path, described(weight), 0 if rows is None else rows.data_ptr(), count, values.data_ptr(),
         DTYPES[dtype], torch.get_num_threads(),
     )  # fmt: skip
     return values
 
 
-def matmul(x: Tensor, weight: TiledWeight, bias: Tensor | None = None, activations: str = "int16") -> Tensor:
+def matmul(
+    path: str, x: Tensor, weight: TiledWeight, bias: Tensor | None = None, activations: str = "int16"
+) -> Tensor:
     """x Wᵀ + bias [..., out_features] of x [..., in_features], in the dtype of x (float32, bfloat16 or float16).
 
     A token with an activation that is not finite gives NaN everywhere. Raises ElastiqError if an array does not fit.
     """
-    return matmul_shared(x, [weight], [bias], activations)[0]
+    return matmul_shared(path, x, [weight], [bias], activations)[0]
 
 
 def matmul_shared(
-    x: Tensor, weights: Sequence[TiledWeight], biases: Sequence[Tensor | None], activations: str = "int16"
+    path: str, x: Tensor, weights: Sequence[TiledWeight], biases: Sequence[Tensor | None], activations: str = "int16"
 ) -> list[Tensor]:
     """One product for each of several matrices that read the same inputs in the same groups, in one call."""
     digits = DIGITS.get(activations)
     if digits is None:
         raise ElastiqError(f"matmul: activations are {', '.join(DIGITS)}, not {activations!r}")
     first = weights[0]
-    if x.shape[-1] != first.in_features or x.dtype not in DTYPES:
+    *lead, width = x.shape
+    if width != first.in_features or x.dtype not in DTYPES:
         raise ElastiqError(
             f"matmul: x is {x.dtype} {list(x.shape)}; {first.in_features} inputs in 16- or 32-bit floats are needed"
         )
+    tokens = x.numel() // width
+    if not first.whole_tiles or (tokens > MAX_TOKENS and (path != "amx" or digits == 0)):
+        return [_decoded(path, x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    x = x.contiguous()
+    results, matrices = [], []
     for weight, bias in zip(weights, biases, strict=True):
         weight.check()
-        if bias is not None and bias.numel() != weight.out_features:
-            raise ElastiqError(f"matmul: a bias has {bias.numel()} numbers, the matrix {weight.out_features} rows")
-    tokens = x.numel() // first.in_features
-    if not first.whole_tiles:
-        _say_decoded(first.group_size)
-    if not first.whole_tiles or tokens > MAX_TOKENS:
-        return [
-            F.linear(x, decode(weight, dtype=x.dtype), None if bias is None else bias.to(x.dtype))
-            for weight, bias in zip(weights, biases, strict=True)
-        ]
-    x = x.contiguous()
-    results, matrices, held = [], [], []
-    for weight, bias in zip(weights, biases, strict=True):
-        result = x.new_empty((*x.shape[:-1], weight.out_features))
         if bias is not None:
-            held.append(bias := bias.to(x.dtype).contiguous())
-        matrices.append((described(weight), result.data_ptr(), 0 if bias is None else bias.data_ptr()))
+            bias = _fitting(bias, weight, x.dtype)
+        result = torch.empty((*lead, weight.out_features), dtype=x.dtype)
+        matrices.append((described(weight), result.data_ptr(), 0 if bias is None else bias.data_ptr(), bias))
         results.append(result)
     native.module.product(  # type: ignore[union-attr]
-        native.current(), matrices, x.data_ptr(), DTYPES[x.dtype], tokens, digits, torch.get_num_threads()
+        path, matrices, x.data_ptr(), DTYPES[x.dtype], tokens, digits, torch.get_num_threads()
     )
     return results
+
+
+def _decoded(path: str, x: Tensor, weight: TiledWeight, bias: Tensor | None) -> Tensor:
+    if not weight.whole_tiles:
+        _say_decoded(weight.group_size)
+    dense = decode(path, weight, dtype=x.dtype)
+    return F.linear(x, dense, None if bias is None else _fitting(bias, weight, x.dtype))
+
+
+def _fitting(bias: Tensor, weight: TiledWeight, dtype: torch.dtype) -> Tensor:
+    if bias.numel() != weight.out_features:
+        raise ElastiqError(f"matmul: a bias has {bias.numel()} numbers, the matrix {weight.out_features} rows")
+    return bias.to(dtype).contiguous()
 
 
 def described(weight: TiledWeight) -> tuple[object, ...]:
     """A checked weight as compiled code takes it: addresses, so the weight's arrays must outlive their use."""
     zero_point = weight.zero_point
-    return (
-        tuple([plane.data_ptr() for plane in weight.planes]), weight.scale.data_ptr(),
-        0 if zero_point is None else zero_point.data_ptr(),
-        weight.level, weight.out_features, weight.in_features, weight.group_size,
-    )  # fmt: skip
+    pointers = tuple([plane.data_ptr() for plane in weight.planes])
+    return pointers, weight.scale.data_ptr(), 0 if zero_point is None else zero_point.data_ptr(), *weight[3:]
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from ...core import ElastiqError
 from .tiles import INPUTS, ROWS
 
 
-@dataclass(frozen=True, slots=True)
-class TiledWeight:
+class TiledWeight(NamedTuple):
     """The first planes of a matrix [out_features, in_features] in tile order, with the scales of one level.
 
     planes: uint8 [blocks, tiles, 16, 4], most significant first; their number is the width read.
@@ -39,26 +38,26 @@ class TiledWeight:
         return self.group_size % INPUTS == 0 or self.group_size >= self.in_features
 
     def check(self) -> None:
-        """Raise ElastiqError unless every array has exactly the type, size and place that a kernel will read."""
-        blocks = -(-self.out_features // ROWS)
-        plane_size = blocks * -(-self.in_features // INPUTS) * ROWS * 4
-        scale_size = blocks * -(-self.in_features // self.group_size) * ROWS
-        device = self.scale.device
-        if not 1 <= len(self.planes) <= 8 or not 1 <= self.level <= 8:
-            raise ElastiqError(f"matmul: {len(self.planes)} planes with scales of {self.level} bits; both are 1 to 8")
-        for plane in self.planes:
-            if plane.dtype != torch.uint8 or plane.numel() != plane_size or not plane.is_contiguous():
+        """Raise ElastiqError unless every array has exactly the type, size and place that compiled code will read."""
+        planes, scale, zero_point, level, out_features, in_features, group_size = self
+        blocks = -(-out_features // ROWS)
+        plane_size = blocks * -(-in_features // INPUTS) * ROWS * 4
+        scale_size = blocks * -(-in_features // group_size) * ROWS
+        if not 1 <= len(planes) <= 8 or not 1 <= level <= 8:
+            raise ElastiqError(f"matmul: {len(planes)} planes with scales of {level} bits; both are 1 to 8")
+        for plane in planes:
+            if plane.numel() != plane_size or plane.dtype != torch.uint8 or not _plain(plane):
                 raise ElastiqError(
                     f"matmul: a plane is {plane.dtype} {list(plane.shape)}, not {plane_size} contiguous bytes in tile "
-                    f"order, as [{self.out_features}, {self.in_features}] needs"
+                    f"order, as [{out_features}, {in_features}] needs"
                 )
-            if plane.device != device:
-                raise ElastiqError(f"matmul: a plane is on {plane.device}, the scales are on {device}")
-        for scale in (self.scale, self.zero_point):
-            if scale is not None and (
-                scale.dtype != torch.float16 or scale.numel() != scale_size or not scale.is_contiguous()
-            ):
+        for grid in (scale,) if zero_point is None else (scale, zero_point):
+            if grid.numel() != scale_size or grid.dtype != torch.float16 or not _plain(grid):
                 raise ElastiqError(
-                    f"matmul: a scale is {scale.dtype} {list(scale.shape)}, not {scale_size} contiguous float16 in "
-                    f"tile order, as groups of {self.group_size} need"
+                    f"matmul: a scale is {grid.dtype} {list(grid.shape)}, not {scale_size} contiguous float16 in "
+                    f"tile order, as groups of {group_size} need"
                 )
+
+
+def _plain(array: Tensor) -> bool:
+    return array.is_contiguous() and array.is_cpu
