@@ -5,6 +5,7 @@ allocation: maps of every sensitivity and allocator against uniform and random o
 allocation-picture draws its rows, allocation-speed times the allocators on large tables.
 size: time and peak memory of quantizing one model, measured in a process of its own.
 decode: tokens per second of whole models beside llama.cpp and transformers (decode.py).
+matmul, matmul-paths, prefill: products with bit planes against a plain read of the same bytes, torch and ggml.
 
 Finished checkpoints are kept in --work and taken again, so an interrupted benchmark goes on where it stopped.
 """
@@ -16,6 +17,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,7 @@ from allocation import allocation, allocation_picture, allocation_speed
 from decode import decode
 
 import elastiq
+import kernels
 from elastiq.evaluate import evaluate, write_json
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -93,6 +96,57 @@ def size(
     if json_file:
         write_json(json_file, {"rows": [row]})
     raise typer.Exit(status)
+
+
+GroupSize = Annotated[int, typer.Option(help="Inputs per scale.")]
+Seconds = Annotated[float, typer.Option(help="Time for each figure.")]
+Shape = Annotated[str, typer.Option(help="Rows x inputs of the matrix; several with commas.")]
+
+
+@app.command()
+def matmul(
+    shape: Shape = "4096x4096,2048x5632,11008x4096", group_size: GroupSize = 128, seconds: Seconds = 1.0,
+    json_file: Json = None,
+) -> None:  # fmt: skip
+    """One token, the default path, fixed point of 16 bits; peers: torch, and ggml where GGML names a llama.cpp."""
+    print_products(kernels.matmul_rows(shapes_of(shape), group_size, seconds), json_file)
+
+
+@app.command()
+def matmul_paths(
+    shape: Shape = "4096x4096", group_size: GroupSize = 128, seconds: Seconds = 0.5, json_file: Json = None
+) -> None:
+    """One token and four, every compiled path and activation mode."""
+    print_products(kernels.path_rows(shapes_of(shape)[0], group_size, seconds), json_file)
+
+
+@app.command()
+def prefill(
+    shape: Shape = "4096x4096", group_size: GroupSize = 128, seconds: Seconds = 1.0, json_file: Json = None
+) -> None:
+    """32, 128 and 512 tokens against torch's products with dense weights."""
+    print_products(kernels.prefill_rows(shapes_of(shape)[0], group_size, seconds), json_file)
+
+
+def shapes_of(text: str) -> tuple[tuple[int, int], ...]:
+    return tuple((int(rows), int(inputs)) for rows, _, inputs in (part.partition("x") for part in text.split(",")))
+
+
+def print_products(rows: Iterator[dict[str, Any]], json_file: Path | None) -> None:
+    kept = []
+    for row in rows:
+        kept.append(row)
+        facts = [f"{key} {row[key]}" for key in ("tokens", "dtype", "activations") if key in row]
+        if "fraction_of_read" in row:
+            facts.append(f"{row['fraction_of_read']:.2f} of a read")
+        facts += [f"{value:.2f} x {name}" for name, value in row.get("ratio", {}).items()]
+        print(
+            f"{row['shape']:>10} {row['path']:>11} {row['bits']} bits {row['threads']} threads "
+            f"{row['microseconds']:8.0f} us, {', '.join(facts)}",
+            flush=True,
+        )
+    if json_file:
+        write_json(json_file, {"rows": kept})
 
 
 def print_row(row: dict[str, Any]) -> None:
