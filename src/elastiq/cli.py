@@ -41,6 +41,7 @@ from .evaluate import (
 )
 from .export import TARGETS, export
 from .generate import generate
+from .importing import import_model
 from .load import load
 from .measure import Bench, allocate_measured, latency_table, measure_sensitivity
 from .quantize import plan, quantize
@@ -547,6 +548,18 @@ def export_command(
     summary = export(checkpoint, output, target, widths if level_map is None else level_map)
     _write(json, summary.to_dict())
     show_export(summary)
+
+
+@app.command("import")
+def import_command(
+    model: Annotated[
+        Path, typer.Argument(help="GGUF file, or directory of GPTQ, AWQ or compressed-tensors.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New directory.", show_default=False)],
+) -> None:
+    """Write MODEL as an ordinary 16-bit model directory. `quantize` takes such models as they are."""
+    import_model(model, output)
+    out.print(f"{printable(str(output))}: {megabytes(sum(file.stat().st_size for file in output.iterdir()))}")
 
 
 class Bars:

@@ -24,6 +24,7 @@ from .checkpoint import CheckpointReader, CheckpointWriter, is_finished
 from .checkpoint.sizes import level_sizes
 from .core import Codes, ElastiqError, QuantizedWeight, Recipe, Site, Stats
 from .formats import Integer
+from .importing import ordinary
 from .linalg import native
 from .models import Layout, ModelSource, build_skeleton, discover, free_module, load_module
 from .solvers import Nested, RoundToNearest
@@ -103,8 +104,9 @@ def quantize(
     restart: bool = False,
     progress: Progress | None = None,
 ) -> Summary:
-    """Quantize `model` (a directory or hub name) by `recipe` into the directory `output`.
+    """Quantize `model` by `recipe` into the directory `output`.
 
+    model: a directory, a hub name, or what `import_model` reads: a GGUF file, a packed directory.
     calibration: text or JSONL file(s), strings, chat records, token ids, or None for the text in the package. tuning:
     the same for a recipe with a tuner, None for the calibration's. dtype: of the forward passes' arithmetic (float32
     by default; bfloat16 for a tuner where the device is made for it). progress(what, done, total) is called as the work
@@ -112,8 +114,28 @@ def quantize(
     (with the same number of threads, where it tunes). Raises ElastiqError, with a sentence, for input that cannot be
     handled; nothing half-written is left at `output`.
     """
+    with ordinary(model, Path(output)) as directory:
+        return _quantize(
+            directory, output, recipe or DEFAULT_RECIPE, calibration, num_samples, seq_len, tuning, revision, device,
+            dtype, restart, progress,
+        )  # fmt: skip
+
+
+def _quantize(
+    model: str | Path,
+    output: str | Path,
+    recipe: Recipe,
+    calibration: str | Path | Sequence[Any] | Tensor | None,
+    num_samples: int,
+    seq_len: int,
+    tuning: str | Path | Sequence[Any] | Tensor | None,
+    revision: str | None,
+    device: str,
+    dtype: torch.dtype | None,
+    restart: bool,
+    progress: Progress | None,
+) -> Summary:
     begin = time.perf_counter()
-    recipe = recipe or DEFAULT_RECIPE
     report = progress or (lambda what, done, total: None)
     source = ModelSource(model, revision)
     tokenizer = source.tokenizer()

@@ -120,7 +120,9 @@ def _directory(model: str | Path, revision: str | None) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise ElastiqError(f"{path} is a file, not a model directory; give the directory that holds config.json")
+        raise ElastiqError(
+            f"{path} is a file, not a model directory; give the directory that holds config.json, or use elastiq import"
+        )
     if isinstance(model, Path) or not _HUB_NAME.fullmatch(model) or model.startswith("."):
         raise ElastiqError(f"{model} does not exist; give a model directory or a hub name such as org/name")
     patterns = ["*.safetensors", "config.json", "generation_config.json", INDEX, *TOKENIZER_FILES]

@@ -1,0 +1,139 @@
+"""Directories of GPTQ, AWQ and compressed-tensors as ordinary 16-bit model directories."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..core import ElastiqError
+from .export import write_aside
+from .export_awq import awq_dense
+from .export_compressed import compressed_dense
+from .export_gptq import gptq_dense
+from .files import json_bytes, range_chunks, read_json, write_durably
+from .names import CONFIG, travels_along
+from .tensors import read_header, tensor_bytes, write_tensors
+
+Layer = dict[str, Tensor]
+"""Arrays of one packed layer by short name."""
+
+
+def import_packed(directory: str | Path, output: str | Path) -> None:
+    """Write the packed model in `directory` to the new directory `output`, its weights unpacked to float16.
+
+    Raises ElastiqError for a format that is not read, and for arrays that do not fit together.
+    """
+    directory = Path(directory)
+    config = read_json(directory / CONFIG)
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or method not in METHODS:
+        raise ElastiqError(f"{directory}: quant_method {method!r} is not read; known: {', '.join(METHODS)}")
+    key, reader = METHODS[method]
+    dense = reader(settings)
+    write_aside(Path(output), False, lambda work: _write(directory, work, config, key, dense))
+
+
+def _write(
+    directory: Path, work: Path, config: dict[str, Any], key: str, dense: Callable[[str, Layer], Tensor]
+) -> None:
+    files = {name: file for file in sorted(directory.glob("*.safetensors")) for name in read_header(file)[0]}
+    layers = sorted(name.removesuffix(f".{key}") for name in files if name.endswith(f".{key}"))
+    if not layers:
+        raise ElastiqError(f"{directory}: no array ends in {key}; there is nothing packed in it")
+    owned = {f"{layer}.{short}": layer for layer in layers for short in _SHORTS}
+    handles = {file: safe_open(file, framework="pt") for file in sorted(set(files.values()))}
+
+    def array(name: str) -> Tensor:
+        tensor: Tensor = handles[files[name]].get_tensor(name)
+        return tensor
+
+    def unpacked(layer: str) -> Tensor:
+        arrays = {short: array(f"{layer}.{short}") for short in _SHORTS if f"{layer}.{short}" in files}
+        try:
+            values = dense(layer, arrays)
+        except (KeyError, IndexError, RuntimeError, ValueError, ZeroDivisionError) as error:
+            raise ElastiqError(f"{directory}: the arrays of {layer} do not fit together ({error})") from None
+        if not bool(torch.isfinite(values).all()):
+            raise ElastiqError(f"{directory}: {layer} holds scales that are not finite; copy it again")
+        return values.half()
+
+    plain = [name for name in files if name not in owned]
+    specs = {name: (array(name).dtype, tuple(array(name).shape)) for name in plain}
+    specs |= {f"{layer}.weight": (torch.float16, tuple(unpacked(layer).shape)) for layer in layers}
+
+    def payload(name: str) -> Iterator[Any]:
+        layer = name.removesuffix(".weight")
+        yield tensor_bytes(unpacked(layer) if name not in plain else array(name))
+
+    write_tensors(work / "model.safetensors", specs, payload)
+    kept = {name: value for name, value in config.items() if name != "quantization_config"}
+    write_durably(work / CONFIG, [json_bytes(kept, CONFIG)])
+    for path in sorted(directory.iterdir()):
+        if travels_along(path.name) and path.is_file():
+            write_durably(work / path.name, range_chunks(path, 0, path.stat().st_size))
+
+
+def _gptq(settings: Mapping[str, Any]) -> Callable[[str, Layer], Tensor]:
+    less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+    dynamic = settings.get("dynamic") or {}
+
+    def dense(layer: str, arrays: Layer) -> Tensor:
+        bits = settings.get("bits")
+        for pattern, row in dynamic.items():
+            if pattern.startswith("+:") and _matches(pattern[2:], layer):
+                bits = row.get("bits", bits)
+        return gptq_dense(arrays, _width(bits, layer), less)
+
+    return dense
+
+
+def _awq(settings: Mapping[str, Any]) -> Callable[[str, Layer], Tensor]:
+    if settings.get("bits") != 4 or str(settings.get("version", "gemm")).lower() != "gemm":
+        raise ElastiqError("awq: only four bits in the GEMM layout are read")
+    return lambda layer, arrays: awq_dense(arrays)
+
+
+def _compressed(settings: Mapping[str, Any]) -> Callable[[str, Layer], Tensor]:
+    if settings.get("format") != "pack-quantized":
+        raise ElastiqError(f"compressed-tensors: format {settings.get('format')!r} is not read, only pack-quantized")
+
+    def dense(layer: str, arrays: Layer) -> Tensor:
+        rows, columns = (int(size) for size in arrays["weight_shape"])
+        held, words = arrays["weight_packed"].shape
+        bits = _width(words * 32 // columns, layer)
+        if rows != held or -(-columns * bits // 32) != words:
+            raise ValueError(f"weight_shape says {rows} x {columns}, weight_packed is {held} x {words} words")
+        return compressed_dense(arrays, bits)
+
+    return dense
+
+
+def _matches(pattern: str, layer: str) -> bool:
+    """Whether a pattern from outside matches; only such as cannot take long."""
+    if len(pattern) > 400 or re.search(r"[)\]}][*+{?]", pattern) or len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3:
+        raise ElastiqError(f"gptq: the pattern {pattern[:60]!r} of quantization_config is too involved to be matched")
+    try:
+        return re.match(pattern, layer) is not None
+    except re.error:
+        raise ElastiqError(f"gptq: {pattern[:60]!r} in quantization_config is no pattern") from None
+
+
+def _width(bits: object, layer: str) -> int:
+    if type(bits) is not int or not 1 <= bits <= 8:
+        raise ElastiqError(f"{layer}: a width of {bits!r} bits cannot be; mend quantization_config")
+    return bits
+
+
+_SHORTS = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+METHODS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Callable[[str, Layer], Tensor]]]] = {
+    "gptq": ("qweight", _gptq),
+    "awq": ("qweight", _awq),
+    "compressed-tensors": ("weight_packed", _compressed),
+}

@@ -1,0 +1,54 @@
+"""Models of other tools as ordinary 16-bit directories, to evaluate them or to quantize them again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .checkpoint.files import read_json
+from .checkpoint.import_gguf import import_gguf
+from .checkpoint.import_packed import METHODS, import_packed
+from .core import ElastiqError
+
+__all__ = ["import_model", "ordinary"]
+
+
+def import_model(model: str | Path, output: str | Path) -> None:
+    """Write a GGUF file, or a directory of GPTQ, AWQ or compressed-tensors, to the new directory `output` in 16 bits.
+
+    Raises ElastiqError for anything else, and for files that are damaged; `output` appears whole or not at all.
+    """
+    model = Path(model)
+    if not model.exists():
+        raise ElastiqError(f"{model}: no such file or directory; give a GGUF file or a packed model directory")
+    if model.is_file():
+        import_gguf(model, output)
+    else:
+        import_packed(model, output)
+
+
+@contextmanager
+def ordinary(model: str | Path, output: Path) -> Iterator[str | Path]:
+    """`model` itself, or where it is foreign its import beside `output`, for as long as the context lasts."""
+    if not _is_foreign(Path(model)):
+        yield model
+        return
+    room = output.absolute().with_name(f"{output.name}.imported")
+    shutil.rmtree(room, ignore_errors=True)
+    try:
+        import_model(model, room / Path(model).stem)
+        yield room / Path(model).stem
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _is_foreign(model: Path) -> bool:
+    if model.is_file():
+        return model.suffix == ".gguf"
+    if not (model / "config.json").is_file():
+        return False
+    config = read_json(model / "config.json")
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(settings, dict) and settings.get("quant_method") in METHODS
