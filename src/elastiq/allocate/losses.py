@@ -17,7 +17,7 @@ from ..core import Damage, ElastiqError, Evidence, Sensitivity, Step, step_from_
 from .table import Floats, Table
 
 DEFAULT_ALLOCATOR = "integer-programme"
-PREFERRED = ("kl", "hessian-trace", "fisher", "gradient", "hessian-eigenvalue", "output-error")
+PREFERRED = ("kl", "output-error")
 """Sensitivities in the order in which they are taken where none is named, as measured (docs/allocation.md); the last
 one is always there."""
 _VERSION = 1
