@@ -6,6 +6,7 @@ allocation-picture draws its rows, allocation-speed times the allocators on larg
 size: time and peak memory of quantizing one model, measured in a process of its own.
 decode: tokens per second of whole models beside llama.cpp and transformers (decode.py).
 matmul, matmul-paths, prefill: products with bit planes against a plain read of the same bytes, torch and ggml.
+activations: what fixed-point activations cost a whole model (activations.py).
 
 Finished checkpoints are kept in --work and taken again, so an interrupted benchmark goes on where it stopped.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from activations import activations
 from allocation import allocation, allocation_picture, allocation_speed
 from decode import decode
 
@@ -30,7 +32,7 @@ import kernels
 from elastiq.evaluate import evaluate, write_json
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-for command in (allocation, allocation_picture, allocation_speed, decode):
+for command in (allocation, allocation_picture, allocation_speed, decode, activations):
     app.command()(command)
 
 Model = Annotated[Path, typer.Option(help="Directory of the 16-bit model.")]
