@@ -307,3 +307,4 @@ def test_a_tuned_recipe(model: Path, text_file: Path, tmp_path: Path) -> None:
     assert set(json.loads((tmp_path / "q.json").read_text())["tuning"]) == {"2", "4"}
     page = Path(ok("report", tmp_path / "out").stdout.strip()).read_text(encoding="utf-8")
     assert "--recipe nested-tuned" in page and "scales" in page
+    assert "tuner: EfficientQAT, arXiv:2407.11062" in ok("cite", tmp_path / "out").stdout

@@ -44,6 +44,8 @@ from .generate import generate
 from .importing import import_model
 from .load import load
 from .measure import Bench, allocate_measured, latency_table, measure_sensitivity
+from .methods import methods, papers
+from .methods import page as methods_page
 from .quantize import plan, quantize
 from .report import save_frontier, write_report
 from .report.terminal import (
@@ -57,6 +59,7 @@ from .report.terminal import (
     show_export,
     show_frontier,
     show_inspection,
+    show_methods,
     show_plan,
     show_sensitivity,
     show_summary,
@@ -560,6 +563,27 @@ def import_command(
     """Write MODEL as an ordinary 16-bit model directory. `quantize` takes such models as they are."""
     import_model(model, output)
     out.print(f"{printable(str(output))}: {megabytes(sum(file.stat().st_size for file in output.iterdir()))}")
+
+
+@app.command("recipes")
+def recipes_command(
+    page: Annotated[Path | None, typer.Option(help="Write docs/methods.md here.", show_default=False)] = None,
+    json: Json = None,
+) -> None:
+    """The recipes, and every part that a recipe can be made of: what it does, needs and comes from."""
+    rows = methods()
+    _write(json, rows)
+    if page is not None:
+        page.write_text(methods_page(), encoding="utf-8")
+    show_methods(recipes.names(), rows)
+
+
+@app.command("cite")
+def cite_command(checkpoint: Checkpoint) -> None:
+    """The papers behind CHECKPOINT."""
+    for slot, titles in papers(CheckpointReader(checkpoint).recipe).items():
+        for title in titles or ("no paper",):
+            out.print(f"{slot}: {title}")
 
 
 class Bars:

@@ -21,11 +21,15 @@ class Step(ABC):
     """Base of every part. A frozen dataclass that names itself registers itself: `class GPTQ(Solver, name="gptq")`.
 
     `needs` lists the statistics (fields of `Stats`) the step asks calibration for; nothing else is collected.
+    `resources`: what it takes besides these, such as gradients. `bits`: smallest and largest width it is for. Papers
+    are named in the docstring, "GPTQ, 2210.17323" with the number at arXiv; `elastiq cite` finds them there.
     """
 
     slot: ClassVar[str]
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
+    resources: ClassVar[tuple[str, ...]] = ()
+    bits: ClassVar[tuple[int, int]] = (1, 8)
     registry: ClassVar[dict[str, dict[str, type[Step]]]] = {}
 
     def __init_subclass__(cls, *, slot: str | None = None, name: str | None = None, **kwargs: Any) -> None:

@@ -21,7 +21,7 @@ class Integer(Format, name="integer"):
     symmetric: the range is +-max and the zero point the middle of it, which costs no storage.
 
     `fit` searches how far to clip each group's range, weighing squared errors by the Hessian's diagonal
-    (the search of AWQ and OmniQuant without gradient, on the range itself).
+    (the search of AWQ, 2306.00978, and OmniQuant, 2308.13137, without gradient, on the range itself).
     """
 
     levels: tuple[int, ...] = (2, 3, 4, 6, 8)

@@ -100,6 +100,14 @@ def show_export(summary: ExportSummary) -> None:
     out.print(f"logits differ by {summary.logits:.2%} from those of the checkpoint at the same widths")
 
 
+def show_methods(recipes: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    out.print(f"recipes: {', '.join(recipes)}")
+    cells = [
+        [r["slot"], r["name"], r["bits"], ", ".join(r["needs"]) or "nothing", "; ".join(r["paper"])] for r in rows
+    ]
+    _table(["slot", "name", "bits", "needs", "papers"], cells, left=5)
+
+
 def show_plan(planned: Plan) -> None:
     kinds = _by_kind(planned.matrices)
     rows = [

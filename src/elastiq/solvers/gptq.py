@@ -14,7 +14,7 @@ from ..linalg.columns import Nest
 
 @dataclass(frozen=True)
 class GPTQ(Solver, name="gptq"):
-    """Column after column, the error of each handed to the columns after it (Frantar et al., ICLR 2023, algorithm 1).
+    """Column after column, the error of each handed to the columns after it (GPTQ, 2210.17323, algorithm 1).
 
     damp: fraction of the mean Hessian diagonal added to it, raised tenfold until the Cholesky factor exists.
     act_order: visit channels by falling Hessian diagonal, on scales fitted beforehand.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ _STEPS_PER_SAVE = 8
 class ScaleTuning(Tuner, name="scales"):
     """Trains the scales and zero points of one level end to end, the codes staying as they are.
 
-    EfficientQAT (Chen et al., 2024), section 3.3, and PEQA (Kim et al., 2023), section 3, do this to a checkpoint of
-    one width with the loss of the text itself. Here every level has scales of its own over shared codes, so tuning one
+    EfficientQAT (2407.11062), section 3.3, and PEQA (2305.14152), section 3, do this to a checkpoint of one width with
+    the loss of the text itself. Here every level has scales of its own over shared codes, so tuning one
     level touches no other and costs no bit; the loss is the distance to the full model, zero points are trained too,
     and values pass through half precision in training, as they are stored.
 
@@ -32,9 +32,12 @@ class ScaleTuning(Tuner, name="scales"):
     better there. seed: of the order of windows.
     """
 
-    steps: int = 48
+    resources: ClassVar[tuple[str, ...]] = ("gradients", "memory of the whole model")
+    bits: ClassVar[tuple[int, int]] = (2, 8)
+
+    steps: int = 28
     batch: int = 4
-    rate: float = 6e-3
+    rate: float = 8e-3
     falloff: float = 0.62
     fewer: float = 0.8
     holdout: int = 8
