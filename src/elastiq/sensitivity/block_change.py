@@ -12,8 +12,8 @@ from ..core import Evidence, Sensitivity, non_increasing
 
 @dataclass(frozen=True)
 class BlockChange(Sensitivity, name="block-change"):
-    """1 - cosine between a block's input and output, mean over the tokens (layer input modification, LIM, of Layer-Wise
-    Quantization, 2406.17415), times the relative output error. The paper ranks whole blocks; matrices
+    """1 - cosine between a block's input and output, mean over the tokens (layer input modification, LIM, of
+    Layer-Wise-Quantization, 2406.17415), times the relative output error. The paper ranks whole blocks; matrices
     outside the blocks count as one that changes everything."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"blocks"})

@@ -11,7 +11,7 @@ from ..core import Evidence, Sensitivity, non_increasing
 @dataclass(frozen=True)
 class ActivationSpikes(Sensitivity, name="spikes"):
     """The relative output error, `weight` times as much for a matrix whose input has a spike, so that it is pinned high
-    (spike-aware mixed precision for LLaMA-like models, 2504.21553, which keeps the projections that its authors found
+    (mixed precision that is Spike-aware, 2504.21553, which keeps the projections that its authors found
     spiking in high precision; here they are found by looking).
 
     ratio: a spike is a channel whose largest |x| exceeds the median channel's by this factor.

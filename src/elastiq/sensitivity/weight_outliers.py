@@ -10,8 +10,8 @@ from ..core import Evidence, Sensitivity, non_increasing
 
 @dataclass(frozen=True)
 class WeightOutliers(Sensitivity, name="weight-outliers"):
-    """Share of weights more than one standard deviation above the mean (z-score distribution, ZD, of Layer-Wise
-    Quantization, 2406.17415), times the relative output error. The paper takes it over whole blocks."""
+    """Share of weights more than one standard deviation above the mean (z-score distribution, ZD, of
+    Layer-Wise-Quantization, 2406.17415), times the relative output error. The paper takes it over whole blocks."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"weight"})
 
