@@ -47,10 +47,10 @@ def evaluate(
     """Perplexity, KL divergence to the model `against` and top-1 agreement of a checkpoint at each width in `bits`.
 
     bits: widths, mean widths such as 3.37 (for which a map is allocated) and level maps; None for the levels that have
-    scales of their own. text: path of a text file, read as one text without
-    special tokens and cut into windows that do not overlap, `window` - 1 predictions each. against: the 16-bit model
-    (directory, or hub name with `revision`); without it the KL fields are None. dtype: of the arithmetic, for both.
-    save: merge the result into `evaluation.json` beside the checkpoint. progress(what, done, total).
+    scales of their own. text: path of a text file, read as one text without special tokens and cut into windows that do
+    not overlap, `window` - 1 predictions each. against: the 16-bit model (directory, or hub name with `revision`);
+    without it the KL fields are None. dtype: of the arithmetic, for both. save: merge the result into
+    `evaluation.json` beside the checkpoint. progress(what, done, total).
 
     Returns {"full": {"perplexity"}, "levels": [{"bits", "bits_per_weight", "perplexity", "kl_mean", ...}], "protocol"}.
     Raises ElastiqError for a width the checkpoint cannot give, a text shorter than a window, models that do not match.
