@@ -220,7 +220,7 @@ def test_interrupt_says_that_the_same_command_resumes(monkeypatch: pytest.Monkey
     def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "quantize", interrupted)
+    monkeypatch.setattr(cli.quantize, "quantize", interrupted)
     result = run("quantize", "a", "-o", "b")
     assert result.exit_code == 130
     assert result.stderr == "elastiq: error: interrupted; finished blocks are kept, the same command resumes\n"
@@ -230,7 +230,7 @@ def test_names_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
     def refused(*args: object, **options: object) -> None:
         raise ElastiqError("bad\x1b[2J\nname [red]x[/red]")
 
-    monkeypatch.setattr(cli, "inspect_model", refused)
+    monkeypatch.setattr(cli.quantize, "inspect_model", refused)
     assert run("inspect", "a").stderr == "elastiq: error: bad [2J name [red]x[/red]\n"
 
 

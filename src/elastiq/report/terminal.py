@@ -57,7 +57,7 @@ def _perplexity(value: float | None) -> str:
     return _number(value, ".2f" if value is None or value < 1e5 else ".2e")
 
 
-def comma(values: Sequence[int]) -> str:
+def comma(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
 
 

@@ -1,0 +1,5 @@
+"""`python -m elastiq.cli`."""
+
+from . import main
+
+main()

@@ -1,0 +1,105 @@
+"""report, slice, export, import: other files made of a checkpoint, or the way back."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..checkpoint import CheckpointReader, slice_checkpoint
+from ..core import MAX_BITS
+from ..evaluate import megabytes
+from ..export import TARGETS, export
+from ..importing import import_model
+from ..report import write_report
+from ..report.terminal import comma, out, printable, show_export
+from .app import app
+from .options import Checkpoint, Json, Map, write
+
+
+class Format(StrEnum):
+    gguf = "gguf"
+    gptq = "gptq"
+    awq = "awq"
+    compressed_tensors = "compressed-tensors"
+    hf = "hf"
+
+
+@app.command("report")
+def report_command(
+    checkpoint: Checkpoint,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="(default: CHECKPOINT/report.html)", show_default=False)
+    ] = None,
+) -> None:
+    """Write one HTML page with pictures about CHECKPOINT."""
+    out.print(str(write_report(checkpoint, output)))
+
+
+@app.command("slice")
+def slice_command(
+    checkpoint: Checkpoint,
+    bits: Annotated[
+        int, typer.Option(help="Widest width the smaller directory can give.", min=1, max=MAX_BITS, show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New directory.", show_default=False)],
+) -> None:
+    """Write a smaller directory that holds the first BITS planes of CHECKPOINT."""
+    slice_checkpoint(checkpoint, bits, output)
+    reader = CheckpointReader(output)
+    size = megabytes(sum(file.stat().st_size for file in output.iterdir()))
+    out.print(f"{output}: {comma(reader.available)} bits, {size}")
+
+
+@app.command("export")
+def export_command(
+    checkpoint: Checkpoint,
+    to: Annotated[Format, typer.Option(help="Format of the other tool.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New file (gguf) or directory.", show_default=False)],
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Width, or mean width. (default: the largest)", min=1, max=MAX_BITS, show_default=False),
+    ] = None,
+    level_map: Map = None,
+    type: Annotated[
+        str | None,
+        typer.Option(help="gguf: type of all matrices, such as Q4_K. (default: by width)", show_default=False),
+    ] = None,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="compressed-tensors: keep zero points (4 and 8 bits).")
+    ] = False,
+    version: Annotated[int, typer.Option(help="gptq: 1 is read everywhere, 2 by newer readers.", min=1, max=2)] = 1,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Refuse where the format cannot hold the codes exactly.")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Write CHECKPOINT at one width, or at the widths of a map, for another tool."""
+    if bits is not None and level_map is not None:
+        raise typer.BadParameter("give one of --bits and --map")
+    if type is not None and to is not Format.gguf:
+        raise typer.BadParameter(f"--type belongs to --to gguf, not to {to.value}")
+    if asymmetric and to is not Format.compressed_tensors:
+        raise typer.BadParameter(f"--asymmetric belongs to --to compressed-tensors, not to {to.value}")
+    settings: dict[str, Any] = {"exact": exact} | ({} if type is None else {"type": type.upper()})
+    settings |= {"asymmetric": True} if asymmetric else {}
+    settings |= {"version": version} if to is Format.gptq else {}
+    widths = int(bits) if bits is not None and bits == int(bits) else bits
+    target = TARGETS[to.value](**settings)
+    summary = export(checkpoint, output, target, widths if level_map is None else level_map)
+    write(json, summary.to_dict())
+    show_export(summary)
+
+
+@app.command("import")
+def import_command(
+    model: Annotated[
+        Path, typer.Argument(help="GGUF file, or directory of GPTQ, AWQ or compressed-tensors.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New directory.", show_default=False)],
+) -> None:
+    """Write MODEL as an ordinary 16-bit model directory. `quantize` takes such models as they are."""
+    import_model(model, output)
+    out.print(f"{printable(str(output))}: {megabytes(sum(file.stat().st_size for file in output.iterdir()))}")

@@ -1,0 +1,37 @@
+"""recipes, cite: the methods and their papers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import recipes
+from ..checkpoint import CheckpointReader
+from ..methods import methods, papers
+from ..methods import page as methods_page
+from ..report.terminal import out, show_methods
+from .app import app
+from .options import Checkpoint, Json, write
+
+
+@app.command("recipes")
+def recipes_command(
+    page: Annotated[Path | None, typer.Option(help="Write docs/methods.md here.", show_default=False)] = None,
+    json: Json = None,
+) -> None:
+    """The recipes, and every part that a recipe can be made of: what it does, needs and comes from."""
+    rows = methods()
+    write(json, rows)
+    if page is not None:
+        page.write_text(methods_page(), encoding="utf-8")
+    show_methods(recipes.names(), rows)
+
+
+@app.command("cite")
+def cite_command(checkpoint: Checkpoint) -> None:
+    """The papers behind CHECKPOINT."""
+    for slot, titles in papers(CheckpointReader(checkpoint).recipe).items():
+        for title in titles or ("no paper",):
+            out.print(f"{slot}: {title}")

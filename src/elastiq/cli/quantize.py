@@ -1,0 +1,132 @@
+"""quantize, inspect: from a model to a checkpoint."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import recipes
+from ..evaluate import inspect_checkpoint, inspect_model
+from ..quantize import plan, quantize
+from ..report.terminal import comma, show_checkpoint, show_estimate, show_inspection, show_plan, show_summary
+from .app import app
+from .options import DTYPES, Device, Json, Model, Precision, Revision, usable_device, widths, write
+from .progress import Bars
+
+
+class Inputs(StrEnum):
+    full = "full"
+    quantized = "quantized"
+
+
+@app.command("quantize")
+def quantize_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the checkpoint.", show_default=False)],
+    recipe: Annotated[
+        str, typer.Option(help=f"One of {comma(recipes.names())}; `elastiq recipes` tells what they are.")
+    ] = "nested",
+    levels: Annotated[str, typer.Option(help="Widths that get scales of their own.")] = "2,3,4,6,8",
+    group_size: Annotated[int, typer.Option(help="Input channels per scale; -1 is the whole row.")] = 64,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Range is +-max; no zero points.")] = False,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Quantize embeddings and output head too.")] = False,
+    inputs: Annotated[
+        Inputs, typer.Option(help="Calibrate each block on the full or the quantized model's activations.")
+    ] = Inputs.full,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text or JSONL file; may be repeated. (default: a text in the package)", show_default=False),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens per calibration window.", min=2)] = 512,
+    tuning_text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text or JSONL file that a tuner trains on; several share equally. (default: the calibration's)",
+            show_default=False,
+        ),
+    ] = None,
+    device: Device = "cpu",
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Arithmetic of the forward passes.", show_default=False)
+    ] = None,
+    revision: Revision = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop an unfinished run and start over.")] = False,
+    json: Json = None,
+) -> None:
+    """Quantize MODEL once into the nested checkpoint OUTPUT. Interrupted, the same command resumes."""
+    if recipe not in recipes.names():
+        raise typer.BadParameter(f"{recipe!r} does not exist; known: {comma(recipes.names())}", param_hint="--recipe")
+    chosen = recipes.get(
+        recipe,
+        levels=widths("--levels", levels),
+        group_size=group_size,
+        symmetric=symmetric,
+        embeddings=embeddings,
+        inputs=inputs.value,
+    )
+    if dry_run:
+        planned = plan(model, chosen, num_samples=num_samples, seq_len=seq_len, revision=revision)
+        write(json, planned.to_dict())
+        show_plan(planned)
+        return
+    with Bars() as progress:
+        summary = quantize(
+            model,
+            output,
+            chosen,
+            calibration or None,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            tuning=tuning_text or None,
+            revision=revision,
+            device=usable_device(device),
+            dtype=None if dtype is None else DTYPES[dtype.value],
+            restart=restart,
+            progress=progress,
+        )
+    write(json, summary.to_dict())
+    show_summary(summary, model)
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[
+        str, typer.Argument(help="Model directory, hub name, or a finished checkpoint.", show_default=False)
+    ],
+    activations: Annotated[bool, typer.Option(help="Run a few windows of text to find activation maxima.")] = True,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text for the activations. (default: a text in the package)", show_default=False),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Windows of text.", min=1)] = 4,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 128,
+    device: Device = "cpu",
+    revision: Revision = None,
+    json: Json = None,
+) -> None:
+    """Shapes, sizes, outliers, what will be quantized and what that takes."""
+    if (Path(model) / "levels.json").is_file():
+        result = inspect_checkpoint(model)
+        write(json, result)
+        show_checkpoint(result)
+        return
+    with Bars() as progress:
+        result = inspect_model(
+            model,
+            activations=activations,
+            calibration=calibration or None,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            device=usable_device(device),
+            revision=revision,
+            progress=progress,
+        )
+    planned = plan(model, revision=revision)
+    write(json, {**result, "plan": planned.to_dict()})
+    show_inspection(result)
+    show_estimate(planned)

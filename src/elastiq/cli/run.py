@@ -1,0 +1,146 @@
+"""evaluate, generate: a checkpoint at work."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from ..allocate import Budget, allocate, parse_bytes, read_map
+from ..core import MAX_BITS, ElastiqError, LevelMap
+from ..evaluate import evaluate, load_tokenizer
+from ..generate import generate
+from ..load import load
+from ..report.terminal import out, show_evaluation
+from .app import app
+from .options import (
+    DTYPES,
+    Checkpoint,
+    Device,
+    Json,
+    Map,
+    Precision,
+    Revision,
+    Size,
+    Text,
+    mean_widths,
+    usable_device,
+    write,
+)
+from .progress import Bars
+
+
+@app.command("evaluate")
+def evaluate_command(
+    checkpoint: Checkpoint,
+    text: Text,
+    bits: Annotated[
+        str | None,
+        typer.Option(help="Widths; fractions are allocated: 2,3.37,4. (default: every level)", show_default=False),
+    ] = None,
+    memory: Size = None,
+    level_map: Map = None,
+    against: Annotated[
+        str | None, typer.Option(help="The 16-bit model, for KL divergence and agreement.", show_default=False)
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 512,
+    num_windows: Annotated[
+        int | None, typer.Option(help="At most so many windows. (default: all)", min=1, show_default=False)
+    ] = None,
+    device: Device = "cpu",
+    dtype: Annotated[Precision, typer.Option(help="Arithmetic of both models.")] = Precision.float32,
+    revision: Revision = None,
+    json: Json = None,
+) -> None:
+    """Perplexity, KL divergence and top-1 agreement of CHECKPOINT at every width."""
+    wanted: list[float | LevelMap] = [] if bits is None else [*mean_widths("--bits", bits)]
+    wanted += [] if level_map is None else [read_map(level_map)]
+    wanted += [] if memory is None else [allocate(checkpoint, Budget(size=parse_bytes(memory))).level_map]
+    with Bars() as progress:
+        result = evaluate(
+            checkpoint,
+            wanted or None,
+            text,
+            against=against,
+            revision=revision,
+            window=window,
+            num_windows=num_windows,
+            device=usable_device(device),
+            dtype=DTYPES[dtype.value],
+            progress=progress,
+        )
+    write(json, result)
+    show_evaluation(result)
+    if out.is_terminal:
+        out.print(f"\nnext: elastiq report {checkpoint}", style="dim")
+
+
+@app.command("generate")
+def generate_command(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Argument(help="What to answer or to continue.", show_default=False)],
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Width, or mean width. (default: the largest)", min=1, max=MAX_BITS, show_default=False),
+    ] = None,
+    memory: Size = None,
+    level_map: Map = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.", min=0.0)] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample among the tokens that hold this much of the probability.", max=1.0)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling, with a temperature.")] = 0,
+    device: Device = "cpu",
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(help="Arithmetic. (default: float32 on a CPU, else the model's own)", show_default=False),
+    ] = None,
+) -> None:
+    """Answer PROMPT at one width, printing as the tokens come."""
+    tokenizer = load_tokenizer(checkpoint)
+    tokens = _prompt_tokens(tokenizer, prompt, raw)
+    if sum(given is not None for given in (bits, memory, level_map)) > 1:
+        raise typer.BadParameter("give one of --bits, --memory and --map")
+    widths = int(bits) if bits is not None and bits == int(bits) else bits
+    model: Any = load(
+        checkpoint,
+        widths if level_map is None else level_map,
+        memory=memory,
+        device=usable_device(device),
+        dtype=None if dtype is None else DTYPES[dtype.value],
+    )
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    begin, count = time.perf_counter(), 0
+    for token in generate(
+        model, tokens, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    ):
+        streamer.put(torch.tensor([token]))
+        count += 1
+    streamer.end()
+    if out.is_terminal:
+        out.print(f"{count} tokens, {count / (time.perf_counter() - begin):.1f} per second", style="dim")
+
+
+def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> torch.Tensor:
+    """[1, tokens] of the prompt, in the model's chat template where it has one."""
+    if raw or not tokenizer.chat_template:
+        ids: Any = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            rendered: Any = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # templates are programs of their own and raise what they like
+            raise ElastiqError(f"the model's chat template cannot render the prompt ({error}); use --raw") from None
+        ids = rendered["input_ids"]
+    if not ids.shape[-1]:
+        raise ElastiqError("the prompt is empty; give some text")
+    return ids.long()
