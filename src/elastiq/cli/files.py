@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,15 +15,7 @@ from ..importing import import_model
 from ..report import write_report
 from ..report.terminal import comma, out, printable, show_export
 from .app import app
-from .options import Checkpoint, Json, Map, write
-
-
-class Format(StrEnum):
-    gguf = "gguf"
-    gptq = "gptq"
-    awq = "awq"
-    compressed_tensors = "compressed-tensors"
-    hf = "hf"
+from .options import Checkpoint, Format, Json, Map, write
 
 
 @app.command("report")

@@ -19,6 +19,14 @@ class Precision(StrEnum):
     float16 = "float16"
 
 
+class Format(StrEnum):
+    gguf = "gguf"
+    gptq = "gptq"
+    awq = "awq"
+    compressed_tensors = "compressed-tensors"
+    hf = "hf"
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Checkpoint = Annotated[Path, typer.Argument(help="Directory that `elastiq quantize` made.", show_default=False)]

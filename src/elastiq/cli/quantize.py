@@ -10,10 +10,20 @@ import typer
 
 from .. import recipes
 from ..evaluate import inspect_checkpoint, inspect_model
+from ..export import TARGETS
 from ..quantize import plan, quantize
-from ..report.terminal import comma, show_checkpoint, show_estimate, show_inspection, show_plan, show_summary
+from ..rehearse import rehearse
+from ..report.terminal import (
+    comma,
+    show_checkpoint,
+    show_estimate,
+    show_inspection,
+    show_plan,
+    show_rehearsal,
+    show_summary,
+)
 from .app import app
-from .options import DTYPES, Device, Json, Model, Precision, Revision, usable_device, widths, write
+from .options import DTYPES, Device, Format, Json, Model, Precision, Revision, usable_device, widths, write
 from .progress import Bars
 
 
@@ -55,10 +65,19 @@ def quantize_command(
     ] = None,
     revision: Revision = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
+    rehearsal: Annotated[
+        bool,
+        typer.Option("--rehearse", help="Try the whole way with plain rounding in minutes, and keep nothing of it."),
+    ] = False,
+    to: Annotated[
+        list[Format] | None, typer.Option(help="--rehearse: export to this as well; may be repeated.")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Drop an unfinished run and start over.")] = False,
     json: Json = None,
 ) -> None:
     """Quantize MODEL once into the nested checkpoint OUTPUT. Interrupted, the same command resumes."""
+    if to and not rehearsal:
+        raise typer.BadParameter("--to belongs to --rehearse; a finished checkpoint goes through elastiq export")
     if recipe not in recipes.names():
         raise typer.BadParameter(f"{recipe!r} does not exist; known: {comma(recipes.names())}", param_hint="--recipe")
     chosen = recipes.get(
@@ -73,6 +92,17 @@ def quantize_command(
         planned = plan(model, chosen, num_samples=num_samples, seq_len=seq_len, revision=revision)
         write(json, planned.to_dict())
         show_plan(planned)
+        return
+    if rehearsal:
+        targets = [TARGETS[format.value]() for format in to or ()]
+        with Bars() as progress:
+            rehearsed = rehearse(
+                model, output, chosen, targets, revision=revision, device=usable_device(device), progress=progress
+            )
+        write(json, rehearsed.to_dict())
+        show_rehearsal(rehearsed)
+        if not rehearsed.passed:
+            raise typer.Exit(1)
         return
     with Bars() as progress:
         summary = quantize(

@@ -15,6 +15,7 @@ from ..allocate import Allocation, Frontier, Measurement
 from ..evaluate import kind, mean_error, megabytes, short_kinds
 from ..export import ExportSummary
 from ..quantize import Plan, Summary
+from ..rehearse import Rehearsal
 
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
@@ -98,6 +99,15 @@ def show_export(summary: ExportSummary) -> None:
         f"({worst['name']}, {worst['bits']} bits as {worst['stored_as']})"
     )
     out.print(f"logits differ by {summary.logits:.2%} from those of the checkpoint at the same widths")
+
+
+def show_rehearsal(rehearsal: Rehearsal) -> None:
+    rows = [
+        [row.what, "passed" if row.passed else "failed", _duration(row.seconds), row.detail] for row in rehearsal.rows
+    ]
+    _table(["step", "", "took", "what came of it"], rows, left=4)
+    verdict = "a real run will go through" if rehearsal.passed else "a real run would fail"
+    out.print(f"{printable(rehearsal.model)}: {verdict}; nothing was kept")
 
 
 def show_methods(recipes: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
