@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -11,10 +12,10 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from ..allocate import Budget, allocate, parse_bytes, read_map
 from ..core import MAX_BITS, ElastiqError, LevelMap
-from ..evaluate import evaluate, load_tokenizer
+from ..evaluate import evaluate, evaluate_tasks, load_tokenizer
 from ..generate import generate
 from ..load import load
-from ..report.terminal import out, show_evaluation
+from ..report.terminal import out, show_evaluation, show_tasks
 from .app import app
 from .options import (
     DTYPES,
@@ -25,7 +26,6 @@ from .options import (
     Precision,
     Revision,
     Size,
-    Text,
     mean_widths,
     usable_device,
     write,
@@ -36,7 +36,11 @@ from .progress import Bars
 @app.command("evaluate")
 def evaluate_command(
     checkpoint: Checkpoint,
-    text: Text,
+    text: Annotated[Path | None, typer.Option("--text", help="Text file to measure on.", show_default=False)] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="For lm-evaluation-harness: a.jsonl,b.yaml,name.", show_default=False),
+    ] = None,
     bits: Annotated[
         str | None,
         typer.Option(help="Widths; fractions are allocated: 2,3.37,4. (default: every level)", show_default=False),
@@ -50,30 +54,35 @@ def evaluate_command(
     num_windows: Annotated[
         int | None, typer.Option(help="At most so many windows. (default: all)", min=1, show_default=False)
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Items of each task. (default: all)", min=1, show_default=False)
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Answer tasks again whose results are stored.")] = False,
     device: Device = "cpu",
     dtype: Annotated[Precision, typer.Option(help="Arithmetic of both models.")] = Precision.float32,
     revision: Revision = None,
     json: Json = None,
 ) -> None:
-    """Perplexity, KL divergence and top-1 agreement of CHECKPOINT at every width."""
+    """Perplexity, KL divergence and top-1 agreement of CHECKPOINT at every width, or its results on --tasks."""
+    if (text is None) == (tasks is None):
+        raise typer.BadParameter("give one of --text FILE and --tasks NAMES")
     wanted: list[float | LevelMap] = [] if bits is None else [*mean_widths("--bits", bits)]
     wanted += [] if level_map is None else [read_map(level_map)]
     wanted += [] if memory is None else [allocate(checkpoint, Budget(size=parse_bytes(memory))).level_map]
+    common: dict[str, Any] = {"against": against, "revision": revision}
+    common |= {"device": usable_device(device), "dtype": DTYPES[dtype.value]}
     with Bars() as progress:
-        result = evaluate(
-            checkpoint,
-            wanted or None,
-            text,
-            against=against,
-            revision=revision,
-            window=window,
-            num_windows=num_windows,
-            device=usable_device(device),
-            dtype=DTYPES[dtype.value],
-            progress=progress,
-        )
+        if text is not None:
+            result = evaluate(
+                checkpoint, wanted or None, text, window=window, num_windows=num_windows, progress=progress, **common
+            )
+        else:
+            names = [name.strip() for name in str(tasks).split(",") if name.strip()]
+            result = evaluate_tasks(
+                checkpoint, wanted or None, names, limit=limit, restart=restart, progress=progress, **common
+            )
     write(json, result)
-    show_evaluation(result)
+    (show_evaluation if text is not None else show_tasks)(result)
     if out.is_terminal:
         out.print(f"\nnext: elastiq report {checkpoint}", style="dim")
 

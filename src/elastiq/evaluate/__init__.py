@@ -6,11 +6,13 @@ from .inspection import inspect_checkpoint, inspect_model
 from .kinds import kind, short_kinds
 from .record import read_evaluations, write_json
 from .table import level_error, mean_error
+from .tasks import evaluate_tasks, read_tasks
 from .text import load_tokenizer, read_text, windows
 
 __all__ = [
     "checkpoint_files",
     "evaluate",
+    "evaluate_tasks",
     "full_bytes",
     "inspect_checkpoint",
     "inspect_model",
@@ -22,6 +24,7 @@ __all__ = [
     "mean_error",
     "megabytes",
     "read_evaluations",
+    "read_tasks",
     "read_text",
     "short_kinds",
     "windows",

@@ -56,7 +56,7 @@ def evaluate(
     Raises ElastiqError for a width the checkpoint cannot give, a text shorter than a window, models that do not match.
     """
     reader = CheckpointReader(path)
-    targets = _targets(reader, bits)
+    targets = width_maps(reader, bits)
     content = read_text(text)
     ids = windows(content, load_tokenizer(path), window, num_windows, Path(text).name)
     widest = max(width for widths in targets.values() for width in widths.values())
@@ -132,7 +132,7 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
 
 
-def _targets(reader: CheckpointReader, bits: Sequence[float | LevelMap] | None) -> dict[float, dict[str, int]]:
+def width_maps(reader: CheckpointReader, bits: Sequence[float | LevelMap] | None) -> dict[float, dict[str, int]]:
     """Widths of the matrices by what stands for them in the result: a width, or a mean width."""
     targets: dict[float, dict[str, int]] = {}
     for wanted in reader.levels if bits is None else bits:

@@ -309,6 +309,24 @@ def _predicted(loss: float, kl: float | None) -> str:
     return f"predicted loss {loss:.4g}" + ("" if kl is None else f", KL divergence {kl:.3g}")
 
 
+def show_tasks(result: dict[str, Any]) -> None:
+    """One column per task and metric, standard errors beside the values."""
+    rows = [(str(row["bits"]), f"{row['bits_per_weight']:.2f}", row["tasks"]) for row in result["levels"]]
+    rows += [("16", "16.00", result["full"]["tasks"])] if result["full"] else []
+    metrics = {(task, m): None for *_, tasks in rows for task in tasks for m in tasks[task] if "_stderr" not in m}
+
+    def cell(tasks: Mapping[str, Mapping[str, float]], task: str, metric: str) -> str:
+        scatter = tasks[task].get(f"{metric}_stderr")
+        value = _perplexity(tasks[task][metric]) if metric == "perplexity" else f"{tasks[task][metric]:.3f}"
+        return value if scatter is None or metric == "perplexity" else f"{value} ±{scatter:.3f}"
+
+    cells = [[bits, size, *(cell(tasks, *metric) for metric in metrics)] for bits, size, tasks in rows]
+    _table(["bits", "bits per weight", *(f"{task} {metric}" for task, metric in metrics)], cells)
+    protocol, limit = result["protocol"], result["protocol"]["limit"]
+    items = "all items" if limit is None else f"at most {limit} items of each"
+    out.print(f"lm-evaluation-harness {protocol['harness']}, {items}; {protocol['dtype']} arithmetic")
+
+
 def show_evaluation(result: dict[str, Any]) -> None:
     with_full = result["against"] is not None
     columns = ["bits", "bits per weight", "memory", "disk", "perplexity"]
