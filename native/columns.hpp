@@ -28,13 +28,26 @@ struct Columns {
   int threads;
 };
 
+// The columns of one group.
+struct Group {
+  int columns;
+  int rows;
+  bool symmetric;  // zero points stay in the middle
+  int threads;
+};
+
 // Each function fills what its Python twin in columns.py describes.
 struct Functions {
-  // weight [columns, levels, rows] is overwritten by the compensated weights;
-  // upper [columns, columns]; codes [columns, rows]; error [columns, levels, rows].
-  void (*greedy)(const Nest&, const Columns&, const float* upper, float* weight, uint8_t* codes, float* error);
-  // codes [columns, rows] and gradient [columns, levels, rows] are updated in place; hessian [columns, columns].
-  void (*descend)(const Nest&, const Columns&, const float* hessian, float* gradient, uint8_t* codes);
+  // weight [columns, levels, rows]; upper [columns, columns]; written: codes [columns, rows],
+  // error [columns, levels, rows].
+  void (*greedy)(const Nest&, const Columns&, const float* upper, const float* weight, uint8_t* codes, float* error);
+  // gradient [columns, levels, rows]; hessian [columns, columns]; codes [columns, rows] are updated in place;
+  // step [columns, levels, rows] is written: how far the values have moved.
+  void (*descend)(const Nest&, const Columns&, const float* hessian, const float* gradient, uint8_t* codes, float* step);
+  // metric [columns, columns], ones [columns] the sums of its columns; codes [columns, rows]; scale and zero [levels, rows] are updated in place. Either weight
+  // [columns, levels, rows] is given, or its place is null and gradient is, which is updated, and step is written.
+  void (*refit)(const Nest&, const Group&, const float* metric, const float* ones, const uint8_t* codes,
+                const float* weight, float* gradient, float* scale, float* zero, float* step);
   // weight [columns, levels, rows], importance [columns], shrink [num_shrink];
   // scale and zero [levels, rows] are written.
   void (*fit)(const Nest&, int columns, int rows, const float* importance, const float* weight, const float* shrink,

@@ -1,6 +1,7 @@
 // Included once per instruction set; ELASTIQ_TARGET names the table of functions it defines.
 #include <cmath>
 #include <cstring>
+#include <new>
 
 #include "columns.hpp"
 #include "vectors.hpp"
@@ -83,12 +84,15 @@ inline vf value(const Nest& nest, int l, vi code, vf scale, vf zero) {
 }
 
 inline vi load_codes(const uint8_t* p) {
-  vi v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
-  return v;
+  typedef uint8_t bytes __attribute__((vector_size(kLanes)));
+  bytes v;
+  std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, vi);
 }
 inline void store_codes(uint8_t* p, vi v) {
-  for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(v[i]);
+  typedef uint8_t bytes __attribute__((vector_size(kLanes)));
+  const bytes narrow = __builtin_convertvector(v, bytes);
+  std::memcpy(p, &narrow, sizeof narrow);
 }
 
 inline void load_grid(const Nest& nest, const Columns& c, int column, int row, vf* scale, vf* zero) {
@@ -99,64 +103,170 @@ inline void load_grid(const Nest& nest, const Columns& c, int column, int row, v
   }
 }
 
-void greedy(const Nest& nest, const Columns& c, const float* upper, float* weight, uint8_t* codes, float* error) {
+// Vectors of one thread. Not std::vector: its code would be shared between instruction sets.
+class Panel {
+ public:
+  explicit Panel(size_t size) : data_(static_cast<vf*>(operator new(size * sizeof(vf), std::align_val_t(64)))) {}
+  ~Panel() { operator delete(data_, std::align_val_t(64)); }
+  Panel(const Panel&) = delete;
+  vf& operator[](size_t i) { return data_[i]; }
+
+ private:
+  vf* data_;
+};
+
+// [n, rows] at 16 of the rows, side by side: in the large array they lie so far apart that they crowd each other out
+// of the cache.
+inline void gather(const float* x, int n, int rows, int row, Panel& panel) {
+  for (int j = 0; j < n; ++j) panel[j] = load(x + size_t(j) * rows + row);
+}
+
+void greedy(const Nest& nest, const Columns& c, const float* upper, const float* weight, uint8_t* codes, float* error) {
   const int L = nest.num_levels, n = c.columns;
-#pragma omp parallel for schedule(static) num_threads(c.threads)
-  for (int row = 0; row < c.rows; row += kLanes) {
-    for (int i = 0; i < n; ++i) {
-      vf scale[kMaxLevels], zero[kMaxLevels], target[kMaxLevels];
-      load_grid(nest, c, i, row, scale, zero);
-      for (int l = 0; l < L; ++l) target[l] = load(weight + (size_t(i) * L + l) * c.rows + row);
-      const vi code = choose(nest, target, scale, zero, splat(int32_t(0)));
-      store_codes(codes + size_t(i) * c.rows + row, code);
-      const float inverse = 1.0f / upper[size_t(i) * n + i];
-      for (int l = 0; l < L; ++l) {
-        const vf e = (target[l] - value(nest, l, code, scale[l], zero[l])) * inverse;
-        store(error + (size_t(i) * L + l) * c.rows + row, e);
-        for (int j = i + 1; j < n; ++j) {
-          float* w = weight + (size_t(j) * L + l) * c.rows + row;
-          store(w, load(w) - e * upper[size_t(i) * n + j]);
+#pragma omp parallel num_threads(c.threads)
+  {
+    Panel rest(size_t(n) * L);
+#pragma omp for schedule(static)
+    for (int row = 0; row < c.rows; row += kLanes) {
+      gather(weight, n * L, c.rows, row, rest);
+      for (int i = 0; i < n; ++i) {
+        vf scale[kMaxLevels], zero[kMaxLevels], e[kMaxLevels];
+        load_grid(nest, c, i, row, scale, zero);
+        const vf* target = &rest[size_t(i) * L];
+        const vi code = choose(nest, target, scale, zero, splat(int32_t(0)));
+        store_codes(codes + size_t(i) * c.rows + row, code);
+        const float inverse = 1.0f / upper[size_t(i) * n + i];
+        for (int l = 0; l < L; ++l) {
+          e[l] = (target[l] - value(nest, l, code, scale[l], zero[l])) * inverse;
+          store(error + (size_t(i) * L + l) * c.rows + row, e[l]);
         }
+        for (int j = i + 1; j < n; ++j)
+          for (int l = 0; l < L; ++l) rest[size_t(j) * L + l] -= e[l] * upper[size_t(i) * n + j];
       }
     }
   }
 }
 
-void descend(const Nest& nest, const Columns& c, const float* hessian, float* gradient, uint8_t* codes) {
+void descend(const Nest& nest, const Columns& c, const float* hessian, const float* gradient, uint8_t* codes,
+             float* step) {
   const int L = nest.num_levels, n = c.columns;
-#pragma omp parallel for schedule(static) num_threads(c.threads)
-  for (int row = 0; row < c.rows; row += kLanes) {
-    for (int i = 0; i < n; ++i) {
-      vf scale[kMaxLevels], zero[kMaxLevels], target[kMaxLevels], now[kMaxLevels];
-      load_grid(nest, c, i, row, scale, zero);
-      const vi old = load_codes(codes + size_t(i) * c.rows + row);
-      const float inverse = 1.0f / hessian[size_t(i) * n + i];
-      for (int l = 0; l < L; ++l) {
-        now[l] = value(nest, l, old, scale[l], zero[l]);
-        target[l] = now[l] + load(gradient + (size_t(i) * L + l) * c.rows + row) * inverse;
-      }
-      const vi code = choose(nest, target, scale, zero, old);
-      // The beam may miss a code; what is there stays unless the new one is better.
-      vf gain = splat(0.0f);
-      for (int l = 0; l < L; ++l) {
-        const vf before = target[l] - now[l];
-        const vf after = target[l] - value(nest, l, code, scale[l], zero[l]);
-        gain += nest.lambda[l] * (before * before - after * after);
-      }
-      const vi chosen = gain > 0.0f ? code : old;
-      const vi changed = chosen != old;
-      bool any = false;
-      for (int lane = 0; lane < kLanes; ++lane) any |= changed[lane] != 0;
-      if (!any) continue;
-      store_codes(codes + size_t(i) * c.rows + row, chosen);
-      for (int l = 0; l < L; ++l) {
-        const vf step = value(nest, l, chosen, scale[l], zero[l]) - now[l];
-        for (int j = 0; j < n; ++j) {
-          float* g = gradient + (size_t(j) * L + l) * c.rows + row;
-          store(g, load(g) - step * hessian[size_t(i) * n + j]);
+#pragma omp parallel num_threads(c.threads)
+  {
+    Panel rest(size_t(n) * L);
+#pragma omp for schedule(static)
+    for (int row = 0; row < c.rows; row += kLanes) {
+      gather(gradient, n * L, c.rows, row, rest);
+      for (int i = 0; i < n; ++i) {
+        vf scale[kMaxLevels], zero[kMaxLevels], target[kMaxLevels], now[kMaxLevels], moved[kMaxLevels];
+        load_grid(nest, c, i, row, scale, zero);
+        const vi old = load_codes(codes + size_t(i) * c.rows + row);
+        const float inverse = 1.0f / hessian[size_t(i) * n + i];
+        for (int l = 0; l < L; ++l) {
+          now[l] = value(nest, l, old, scale[l], zero[l]);
+          target[l] = now[l] + rest[size_t(i) * L + l] * inverse;
         }
+        const vi code = choose(nest, target, scale, zero, old);
+        // The beam may miss a code; what is there stays unless the new one is better.
+        vf gain = splat(0.0f);
+        for (int l = 0; l < L; ++l) {
+          const vf before = target[l] - now[l];
+          const vf after = target[l] - value(nest, l, code, scale[l], zero[l]);
+          gain += nest.lambda[l] * (before * before - after * after);
+        }
+        const vi chosen = gain > 0.0f ? code : old;
+        const vi changed = chosen != old;
+        int any = 0;
+        for (int lane = 0; lane < kLanes; ++lane) any |= changed[lane];
+        for (int l = 0; l < L; ++l) {
+          moved[l] = any ? value(nest, l, chosen, scale[l], zero[l]) - now[l] : splat(0.0f);
+          store(step + (size_t(i) * L + l) * c.rows + row, moved[l]);
+        }
+        if (!any) continue;
+        store_codes(codes + size_t(i) * c.rows + row, chosen);
+        for (int j = i + 1; j < n; ++j)
+          for (int l = 0; l < L; ++l) rest[size_t(j) * L + l] -= moved[l] * hessian[size_t(i) * n + j];
       }
     }
+  }
+}
+
+// out = matrix u for 16 rows; matrix [n, n] is symmetric.
+inline void product(const float* matrix, Panel& u, int n, Panel& out) {
+  constexpr int kBlock = 8;
+  int i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    vf sum[kBlock] = {};
+    for (int j = 0; j < n; ++j)
+      ELASTIQ_UNROLL
+      for (int k = 0; k < kBlock; ++k) sum[k] += u[j] * matrix[size_t(j) * n + i + k];
+    for (int k = 0; k < kBlock; ++k) out[i + k] = sum[k];
+  }
+  for (; i < n; ++i) {
+    vf sum = {};
+    for (int j = 0; j < n; ++j) sum += u[j] * matrix[size_t(j) * n + i];
+    out[i] = sum;
+  }
+}
+
+void refit(const Nest& nest, const Group& group, const float* metric, const float* ones, const uint8_t* codes,
+           const float* weight, float* gradient, float* scale, float* zero, float* step) {
+  const int L = nest.num_levels, n = group.columns, rows = group.rows;
+  float n1 = 0.0f;
+  for (int i = 0; i < n; ++i) n1 += ones[i];
+#pragma omp parallel num_threads(group.threads)
+  {
+    Panel unit(n), moved(n);
+#pragma omp for schedule(static)
+    for (int row = 0; row < rows; row += kLanes)
+      for (int l = 0; l < L; ++l) {
+        const size_t at = size_t(l) * rows + row, stride = size_t(L) * rows;
+        const vf s = load(scale + at), z = load(zero + at);
+        const vf centre = group.symmetric ? z : splat(0.5f * float((1 << nest.bits[l]) - 1));
+        const int shift = nest.bits[L - 1] - nest.bits[l];
+        for (int j = 0; j < n; ++j) unit[j] = to_float(load_codes(codes + size_t(j) * rows + row) >> shift) - centre;
+        product(metric, unit, n, moved);
+        const vf offset = s * (centre - z);
+        vf cc = {}, c1 = {}, cg = {}, g1 = {};
+        for (int j = 0; j < n; ++j) {
+          cc += unit[j] * moved[j];
+          c1 += unit[j] * ones[j];
+          if (weight) {
+            const vf rest = load(weight + at + j * stride) - (s * unit[j] + offset);
+            cg += moved[j] * rest;
+            g1 += ones[j] * rest;
+          } else {
+            const vf g = load(gradient + at + j * stride);
+            cg += unit[j] * g;
+            g1 += g;
+          }
+        }
+        const vf smallest = splat(5.9604644775390625e-08f);
+        vf new_scale, new_zero = z;
+        vi sane;
+        if (group.symmetric) {
+          new_scale = to_half(s + cg / maximum(cc, splat(1e-30f)));
+          sane = new_scale >= smallest;
+        } else {
+          const vf determinant = cc * n1 - c1 * c1;
+          new_scale = to_half(s + (n1 * cg - c1 * g1) / maximum(determinant, splat(1e-30f)));
+          sane = (new_scale >= smallest) & (determinant > 1e-6f * cc * n1);
+          new_scale = sane ? new_scale : s;
+          // With the scale rounded, the best offset follows from the second equation alone.
+          new_zero = to_half(centre - (offset + (g1 - c1 * (new_scale - s)) / n1) / new_scale);
+        }
+        vf ds = new_scale - s, db = new_scale * (centre - new_zero) - offset;
+        const vf gain = 2.0f * (ds * cg + db * g1) - (ds * ds * cc + 2.0f * ds * db * c1 + db * db * n1);
+        const vi better = sane & (gain > 0.0f);
+        store(scale + at, better ? new_scale : s);
+        store(zero + at, better ? new_zero : z);
+        if (!step) continue;
+        ds = better ? ds : splat(0.0f);
+        db = better ? db : splat(0.0f);
+        for (int j = 0; j < n; ++j) {
+          store(step + at + j * stride, ds * unit[j] + db);
+          store(gradient + at + j * stride, load(gradient + at + j * stride) - (ds * moved[j] + db * ones[j]));
+        }
+      }
   }
 }
 
@@ -204,6 +314,6 @@ void fit(const Nest& nest, int columns, int rows, const float* importance, const
 
 }  // namespace
 
-extern const Functions ELASTIQ_TARGET{greedy, descend, fit};
+extern const Functions ELASTIQ_TARGET{greedy, descend, refit, fit};
 
 }  // namespace elastiq

@@ -208,17 +208,28 @@ NB_MODULE(_native, m) {
     const Nest nest = nest_of(bits, lambda, beam, keep);
     const Functions& f = functions(path);
     nb::gil_scoped_release release;
-    f.greedy(nest, c, pointer<const float>(upper), pointer<float>(weight), pointer<uint8_t>(codes), pointer<float>(error));
+    f.greedy(nest, c, pointer<const float>(upper), pointer<const float>(weight), pointer<uint8_t>(codes), pointer<float>(error));
   });
   m.def("descend", [](const std::string& path, const std::vector<int>& bits, const std::vector<float>& lambda, int beam,
                       int keep, int columns, int groups, int rows, uintptr_t group_of, uintptr_t scale, uintptr_t zero, int threads,
-                      uintptr_t hessian, uintptr_t gradient, uintptr_t codes) {
+                      uintptr_t hessian, uintptr_t gradient, uintptr_t codes, uintptr_t step) {
     const Columns c{columns, groups, rows, pointer<const int32_t>(group_of), pointer<const float>(scale),
                     pointer<const float>(zero), threads};
     const Nest nest = nest_of(bits, lambda, beam, keep);
     const Functions& f = functions(path);
     nb::gil_scoped_release release;
-    f.descend(nest, c, pointer<const float>(hessian), pointer<float>(gradient), pointer<uint8_t>(codes));
+    f.descend(nest, c, pointer<const float>(hessian), pointer<const float>(gradient), pointer<uint8_t>(codes), pointer<float>(step));
+  });
+  m.def("refit", [](const std::string& path, const std::vector<int>& bits, int columns, int rows, bool symmetric, int threads,
+                    uintptr_t metric, uintptr_t ones, uintptr_t codes, uintptr_t weight, uintptr_t gradient, uintptr_t scale, uintptr_t zero,
+                    uintptr_t step) {
+    if (!weight == !(gradient && step)) throw std::invalid_argument("either weights or a gradient with its step are needed");
+    const Nest nest = nest_of(bits, std::vector<float>(bits.size(), 1.0f), 1, 0);
+    const Functions& f = functions(path);
+    nb::gil_scoped_release release;
+    f.refit(nest, {columns, rows, symmetric, threads}, pointer<const float>(metric), pointer<const float>(ones), pointer<const uint8_t>(codes),
+            pointer<const float>(weight), pointer<float>(gradient), pointer<float>(scale), pointer<float>(zero),
+            pointer<float>(step));
   });
   m.def("fit", [](const std::string& path, const std::vector<int>& bits, int columns, int rows, uintptr_t importance,
                   uintptr_t weight, uintptr_t shrink, int num_shrink, bool symmetric, uintptr_t scale, uintptr_t zero,

@@ -63,3 +63,13 @@ def test_only_what_is_asked_for_is_kept() -> None:
 
 def test_nothing_seen() -> None:
     assert torch.equal(Stats.empty(6).mean_diagonal(6), torch.ones(6))
+
+
+def test_a_wide_hessian_is_whole_and_symmetric() -> None:
+    x = torch.randn(40, 1100, generator=torch.Generator().manual_seed(2))
+    stats = Stats.empty(1100, frozenset({"hessian"}))
+    stats.update(x[:25])
+    stats.update(x[25:])
+    assert stats.hessian is not None
+    torch.testing.assert_close(stats.hessian.double(), x.double().T @ x.double(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(stats.hessian[:512, 512:], stats.hessian[512:, :512].T)

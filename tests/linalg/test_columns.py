@@ -14,6 +14,7 @@ from elastiq.core import ElastiqError, to_half
 from elastiq.linalg import columns, inverse_factor, native
 from elastiq.linalg.columns import Nest
 
+NO_GROUPS = torch.zeros(24, dtype=torch.int32)
 NESTS = [Nest((2, 3, 4, 6, 8), (1, 2, 4, 8, 16)), Nest((4,), (1,)), Nest((1, 8), (3, 1)), Nest((2, 4), (1, 5), beam=1)]
 
 
@@ -95,10 +96,11 @@ def test_descend_agrees_on_every_path_and_never_rises(path: str, nest: Nest) -> 
         )
 
     gradient = torch.einsum("cd,dlr->clr", hessian, residual(codes)).contiguous()
-    after = columns.descend(nest, codes, gradient, hessian, scale, zero, group_of)
+    after, step = columns.descend(nest, codes, gradient, hessian, scale, zero, group_of)
+    torch.testing.assert_close(residual(codes) - residual(after), step, rtol=1e-4, atol=1e-6)
     assert bool((loss(after) <= loss(codes) * (1 + 1e-5)).all())
     native.use("torch")
-    expected = columns.descend(nest, codes, gradient, hessian, scale, zero, group_of)
+    expected, _ = columns.descend(nest, codes, gradient, hessian, scale, zero, group_of)
     assert float((after == expected).float().mean()) > 0.999
     assert float(loss(after).sum()) == pytest.approx(float(loss(expected).sum()), rel=1e-4)
 
@@ -109,12 +111,57 @@ def test_descend_equals_the_naive_pass(path: str) -> None:
     codes, _ = columns.greedy(nest, streams, inverse_factor(hessian), scale, zero, group_of)
     residual = streams - columns.values(nest, codes, scale, zero, group_of)
     gradient = torch.einsum("cd,dlr->clr", hessian, residual).contiguous()
-    after = columns.descend(nest, codes, gradient, hessian, scale, zero, group_of)
+    after, _ = columns.descend(nest, codes, gradient, hessian, scale, zero, group_of)
     expected = naive.descend(
         streams[:, 0].T.double().numpy(), hessian.double().numpy(), codes.T.numpy(), scale[0].double().numpy(),
         zero[0].double().numpy(), nest.levels, nest.weights,
     )  # fmt: skip
     assert (after.T.numpy() == expected).mean() > 0.98
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("nest", NESTS, ids=str)
+def test_refit_is_the_least_squares_step_where_it_helps(path: str, nest: Nest, symmetric: bool) -> None:
+    streams, hessian, *_ = group(nest, rows=48)
+    scale, zero = columns.fit(streams, hessian.diagonal(), nest.levels, symmetric)
+    scale = to_half(scale * 1.07)  # off the best, so that there is something to gain
+    codes, _ = columns.greedy(nest, streams, inverse_factor(hessian), scale[None], zero[None], NO_GROUPS)
+    new_scale, new_zero = columns.refit(nest, codes, streams, hessian, scale, zero, symmetric)
+    assert torch.equal(new_scale, to_half(new_scale)) and (symmetric or torch.equal(new_zero, to_half(new_zero)))
+    improved = 0
+    for k, level in enumerate(nest.levels):
+        for row in range(48):
+            bits = codes[:, row].double().numpy() // 2 ** (nest.bits - level)
+            weight, metric = streams[:, k, row].double().numpy(), hessian.double().numpy()
+            best = naive.refit_group(weight, bits, metric, None if not symmetric else float(zero[k, row]))
+            loss = [
+                naive.group_loss(weight, bits, metric, float(s), float(z))
+                for s, z in ((scale[k, row], zero[k, row]), (new_scale[k, row], new_zero[k, row]), best)
+            ]
+            assert loss[1] <= loss[0] * (1 + 1e-5)
+            improved += loss[1] < loss[2] + 0.02 * (loss[0] - loss[2]) + 1e-5 * loss[0]
+    assert improved > 0.95 * 48 * len(nest.levels), "rounding to half precision keeps nearly all of the gain"
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("nest", NESTS, ids=str)
+def test_move_agrees_on_every_path(path: str, nest: Nest, symmetric: bool) -> None:
+    streams, hessian, *_ = group(nest, rows=128)
+    scale, zero = columns.fit(streams, hessian.diagonal(), nest.levels, symmetric)
+    codes, _ = columns.greedy(nest, streams, inverse_factor(hessian), scale[None], zero[None], NO_GROUPS)
+    residual = streams - columns.values(nest, codes, scale[None], zero[None], NO_GROUPS)
+    gradient = columns.apply(hessian, residual)
+    before = gradient.clone()
+    new_scale, new_zero, step, after = columns.move(nest, codes, gradient, hessian, scale, zero, symmetric)
+    assert torch.equal(gradient, before)
+    now = streams - columns.values(nest, codes, new_scale[None], new_zero[None], NO_GROUPS)
+    torch.testing.assert_close(residual - now, step, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(after, columns.apply(hessian, now), rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+    native.use("torch")
+    expected = columns.move(nest, codes, gradient, hessian, scale, zero, symmetric)
+    same = (new_scale == expected[0]) & (new_zero == expected[1])
+    assert float(same.float().mean()) > 0.98, "the last bit of a half may fall either way, nothing else"
+    assert torch.equal(columns.refit(nest, codes, streams, hessian, scale, zero, symmetric)[0], expected[0])
 
 
 @pytest.mark.parametrize("beam", [5, 16])
@@ -143,7 +190,10 @@ def test_threads_change_no_bit(path: str) -> None:
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        results.append(columns.greedy(nest, streams, upper, scale, zero, group_of))
+        codes, error = columns.greedy(nest, streams, upper, scale, zero, group_of)
+        moved = columns.move(nest, codes, streams, hessian, scale[0], zero[0], False)
+        descended = columns.descend(nest, codes, streams, hessian, scale, zero, group_of)
+        results.append((codes, error, *moved, *descended))
     torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

@@ -94,3 +94,19 @@ def descend(
             if min(losses) < losses[codes[row, i]]:
                 codes[row, i] = int(np.argmin(losses))
     return codes
+
+
+def group_loss(weight: Array, codes: Array, metric: Array, scale: float, zero: float) -> float:
+    """(w - v) M (w - v) with v = scale (code - zero); weight and codes [in]."""
+    rest = weight - scale * (codes - zero)
+    return float(rest @ metric @ rest)
+
+
+def refit_group(weight: Array, codes: Array, metric: Array, zero: float | None) -> tuple[float, float]:
+    """The scale and zero point with the least `group_loss`; a given zero point stays."""
+    root = np.linalg.cholesky(metric).T
+    if zero is not None:
+        (scale,), *_ = np.linalg.lstsq(root @ (codes - zero)[:, None], root @ weight, rcond=None)
+        return float(scale), zero
+    (scale, offset), *_ = np.linalg.lstsq(root @ np.stack([codes, np.ones_like(codes)], 1), root @ weight, rcond=None)
+    return float(scale), float(-offset / scale)

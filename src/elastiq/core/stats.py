@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .error import ElastiqError
 
+PANEL = 512
+"""Columns of a Hessian computed together."""
 FIELDS = frozenset({"hessian", "diagonal", "abs_max"})
 
 
@@ -56,8 +58,7 @@ class Stats:
         self.count += len(x)
         self.total += float(weights.sum(dtype=torch.float64))
         if self.hessian is not None:
-            scaled = x * weights.sqrt().unsqueeze(1)
-            self.hessian.addmm_(scaled.T, scaled)
+            _add_products(self.hessian, x * weights.sqrt().unsqueeze(1))
         if self.diagonal is not None:
             self.diagonal += (x.square() * weights.unsqueeze(1)).sum(dim=0)
         if self.abs_max is not None:
@@ -87,6 +88,14 @@ class Stats:
         if self.total and self.hessian is not None:
             return self.hessian.diagonal() / self.total
         return torch.ones(in_features)
+
+
+def _add_products(total: Tensor, x: Tensor) -> None:
+    """total [in, in], symmetric, += xᵀ x for x [rows, in]: only what is on and above the diagonal is computed."""
+    for first in range(0, len(total), PANEL):
+        last = first + PANEL
+        total[first:last, first:].addmm_(x[:, first:last].T, x[:, first:])
+        total[last:, first:last] = total[first:last, last:].T
 
 
 def _both(join, a: Tensor | None, b: Tensor | None) -> Tensor | None:  # type: ignore[no-untyped-def]

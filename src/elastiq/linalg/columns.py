@@ -89,8 +89,7 @@ def greedy(
     codes = torch.zeros(columns, rows, dtype=torch.uint8, device=weight.device)
     error = torch.empty_like(weight)
     if _compiled(weight):
-        weight = weight.clone(memory_format=torch.contiguous_format)
-        upper = upper.contiguous()
+        weight, upper = weight.contiguous(), upper.contiguous()
         native.module.greedy(  # type: ignore[union-attr]
             *_header(nest, columns, rows, scale, zero, group_of), upper.data_ptr(), weight.data_ptr(), codes.data_ptr(),
             error.data_ptr(),
@@ -107,21 +106,23 @@ def greedy(
 
 def descend(
     nest: Nest, codes: Tensor, gradient: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor
-) -> Tensor:
-    """Codes uint8 [columns, rows] after one pass of coordinate descent on sum_r lambda_r (W - Q_r) H (W - Q_r)ᵀ.
+) -> tuple[Tensor, Tensor]:
+    """One pass of coordinate descent on sum_r lambda_r (W - Q_r) H (W - Q_r)ᵀ.
 
     gradient [columns, levels, rows] is (W - Q_r) H at these columns, hessian [columns, columns] their own part of H.
     Column i of level r moves towards q_r + gradient_r[i] / H[i, i]; a code is changed only if that lowers the sum.
+    Returns the codes uint8 [columns, rows] and the step of their values [columns, levels, rows].
     """
     columns, _, rows = gradient.shape
-    codes, gradient = codes.clone(), gradient.clone(memory_format=torch.contiguous_format)
+    codes, steps = codes.clone(), torch.empty_like(gradient, memory_format=torch.contiguous_format)
     if _compiled(gradient):
-        hessian = hessian.contiguous()
+        gradient, hessian = gradient.contiguous(), hessian.contiguous()
         native.module.descend(  # type: ignore[union-attr]
             *_header(nest, columns, rows, scale, zero, group_of), hessian.data_ptr(), gradient.data_ptr(),
-            codes.data_ptr(),
+            codes.data_ptr(), steps.data_ptr(),
         )  # fmt: skip
-        return codes
+        return codes, steps
+    gradient = gradient.clone()
     weights = torch.tensor(nest.weights, device=codes.device).unsqueeze(1)
     for i in range(columns):
         s, z = scale[group_of[i]], zero[group_of[i]]
@@ -130,10 +131,53 @@ def descend(
         code = _choose(nest, target, s, z, codes[i])
         value = _value(nest, code, s, z)
         gain = (weights * ((target - now).square() - (target - value).square())).sum(dim=0)
-        step = torch.where(gain > 0, value - now, 0.0)
+        steps[i] = torch.where(gain > 0, value - now, 0.0)
         codes[i] = torch.where(gain > 0, code, codes[i])
-        gradient -= step * hessian[i, :, None, None]
-    return codes
+        gradient -= steps[i] * hessian[i, :, None, None]
+    return codes, steps
+
+
+def refit(
+    nest: Nest, codes: Tensor, weight: Tensor, metric: Tensor, scale: Tensor, zero: Tensor, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """One group's scale and zero point [levels, rows] by a least squares step, with its codes fixed.
+
+    weight [columns, levels, rows] is what the values of codes uint8 [columns, rows] come nearer to in metric
+    [columns, columns]. Values are s u + b, u being the code from its middle, so (ds, db) solves the 2x2 system with
+    entries u M u, u M 1, 1 M 1 and right side u G, 1 G, where G = M (weight - values). Rows that the step, rounded to
+    half precision, does not improve stay as they are.
+    """
+    if _compiled(weight):
+        scale, zero, metric, weight = scale.clone(), zero.clone(), metric.contiguous(), weight.contiguous()
+        ones = metric.sum(dim=0)
+        native.module.refit(  # type: ignore[union-attr]
+            *_group_header(nest, codes, symmetric), metric.data_ptr(), ones.data_ptr(), codes.data_ptr(),
+            weight.data_ptr(), 0, scale.data_ptr(), zero.data_ptr(), 0,
+        )  # fmt: skip
+        return scale, zero
+    gradient = apply(metric, weight - _group_values(nest, codes, scale, zero))
+    return _refit(nest, codes, gradient, metric, scale, zero, symmetric)[:2]
+
+
+def move(
+    nest: Nest, codes: Tensor, gradient: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`refit` in the middle of a sweep: gradient [columns, levels, rows] is (W - Q_r) H at this group's columns.
+
+    Returns scale and zero point [levels, rows], the step of the values and the gradient after it, both
+    [columns, levels, rows].
+    """
+    if _compiled(gradient):
+        scale, zero, hessian = scale.clone(), zero.clone(), hessian.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        step, ones = torch.empty_like(gradient), hessian.sum(dim=0)
+        native.module.refit(  # type: ignore[union-attr]
+            *_group_header(nest, codes, symmetric), hessian.data_ptr(), ones.data_ptr(), codes.data_ptr(), 0,
+            gradient.data_ptr(), scale.data_ptr(), zero.data_ptr(), step.data_ptr(),
+        )  # fmt: skip
+        return scale, zero, step, gradient
+    new_scale, new_zero, step = _refit(nest, codes, gradient, hessian, scale, zero, symmetric)
+    return new_scale, new_zero, step, gradient - apply(hessian, step)
 
 
 def values(nest: Nest, codes: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor) -> Tensor:
@@ -144,6 +188,47 @@ def values(nest: Nest, codes: Tensor, scale: Tensor, zero: Tensor, group_of: Ten
         s, z = (x[0, k] if one else x[:, k].index_select(0, group_of) for x in (scale, zero))
         values.append(s * ((codes >> (nest.bits - level)).float() - z))
     return torch.stack(values, dim=1)
+
+
+def apply(matrix: Tensor, x: Tensor) -> Tensor:
+    """matrix [m, n] times x [n, levels, rows] -> [m, levels, rows]."""
+    return (matrix @ x.flatten(1)).unflatten(1, x.shape[1:])
+
+
+def _refit(
+    nest: Nest, codes: Tensor, gradient: Tensor, metric: Tensor, scale: Tensor, zero: Tensor, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale, zero point and the step of the values for `gradient` = metric (weight - values)."""
+    middle = torch.tensor([(2.0**level - 1) / 2 for level in nest.levels], device=codes.device)[:, None]
+    centre = zero if symmetric else middle.expand_as(zero)
+    unit = _group_values(nest, codes, torch.ones_like(scale), centre)
+    moved, ones = apply(metric, unit), metric.sum(dim=0)
+    cc, c1, n1 = (unit * moved).sum(0), (unit * ones[:, None, None]).sum(0), ones.sum()
+    cg, g1 = (unit * gradient).sum(0), gradient.sum(0)
+    offset = scale * (centre - zero)
+    if symmetric:
+        new_scale, new_zero = to_half(scale + cg / cc.clamp_min(1e-30)), zero
+        sane = new_scale >= MIN_SCALE
+    else:
+        determinant = cc * n1 - c1 * c1
+        new_scale = to_half(scale + (n1 * cg - c1 * g1) / determinant.clamp_min(1e-30))
+        sane = (new_scale >= MIN_SCALE) & (determinant > 1e-6 * cc * n1)
+        new_scale = torch.where(sane, new_scale, scale)
+        # With the scale rounded, the best offset follows from the second equation alone.
+        new_zero = to_half(centre - (offset + (g1 - c1 * (new_scale - scale)) / n1) / new_scale)
+    ds, db = new_scale - scale, new_scale * (centre - new_zero) - offset
+    gain = 2 * (ds * cg + db * g1) - (ds * ds * cc + 2 * ds * db * c1 + db * db * n1)
+    better = sane & (gain > 0)
+    return (
+        torch.where(better, new_scale, scale),
+        torch.where(better, new_zero, zero),
+        torch.where(better, ds * unit + db, 0.0),
+    )
+
+
+def _group_values(nest: Nest, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """`values` for one group, scale and zero [levels, rows]."""
+    return values(nest, codes, scale[None], zero[None], torch.zeros(len(codes), dtype=torch.int32, device=codes.device))
 
 
 def _choose(nest: Nest, target: Tensor, scale: Tensor, zero: Tensor, old: Tensor) -> Tensor:
@@ -175,6 +260,11 @@ def _value(nest: Nest, code: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def _compiled(x: Tensor) -> bool:
     return native.columns_path() != "torch" and x.device.type == "cpu" and x.shape[-1] % LANES == 0
+
+
+def _group_header(nest: Nest, codes: Tensor, symmetric: bool) -> tuple[object, ...]:
+    assert codes.is_contiguous()
+    return native.columns_path(), list(nest.levels), *codes.shape, symmetric, torch.get_num_threads()
 
 
 def _header(nest: Nest, columns: int, rows: int, scale: Tensor, zero: Tensor, group_of: Tensor) -> tuple[object, ...]:

@@ -167,8 +167,7 @@ class _State:
             codes, error = self._greedy(weight, factor, scale[None], zero[None], local)
             metric = torch.cholesky_inverse(factor, upper=True)
             for _ in range(self.search.refits):
-                residual = weight - columns.values(self.nest, codes, scale[None], zero[None], local)
-                trial = self._scale_step(codes, _apply(metric, residual), metric, scale, zero)
+                trial = columns.refit(self.nest, codes, weight, metric, scale, zero, self.symmetric)
                 new_codes, new_error = self._greedy(weight, factor, trial[0][None], trial[1][None], local)
                 better = self._weighted(new_error) < self._weighted(error)
                 scale, zero = torch.where(better, trial[0], scale), torch.where(better, trial[1], zero)
@@ -187,10 +186,9 @@ class _State:
                 _subtract(gradient, self.hessian[:, at], self._move_codes(at, gradient[at], *grid))
             return
         for g, at in enumerate(self._groups()):
-            step = self._move_group(g, at, gradient[at])
-            local = gradient[at] - _apply(self.hessian[at, at], step)
+            step, local = self._move_group(g, at, gradient[at])
             grid = self.scale[g : g + 1], self.zero[g : g + 1], torch.zeros_like(self.group_of[at])
-            _subtract(gradient, self.hessian[:, at], self._move_codes(at, local, *grid) + step)
+            _subtract(gradient, self.hessian[:, at], step.add_(self._move_codes(at, local, *grid)))
 
     def refine(self) -> None:
         """Sweeps over the levels above `LOW` bits, whose bits below are free once the lower levels are settled."""
@@ -210,28 +208,27 @@ class _State:
         """One sweep over the groups' scales with all codes fixed."""
         gradient = self._gradient()
         for g, at in enumerate(self._groups()):
-            _subtract(gradient, self.hessian[:, at], self._move_group(g, at, gradient[at]))
+            _subtract(gradient, self.hessian[:, at], self._move_group(g, at, gradient[at])[0])
 
     def _gradient(self) -> Tensor:
         """(W - Q_r) H, [columns, levels, rows]: computed once, then kept up to date by the sweeps."""
         if self.gradient is None:
             values = columns.values(self.nest, self.codes, self.scale, self.zero, self.group_of)
-            self.gradient = _apply(self.hessian, self.original.unsqueeze(1) - values)
+            self.gradient = columns.apply(self.hessian, self.original.unsqueeze(1) - values)
         return self.gradient
 
     def _move_codes(self, at: slice, gradient: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor) -> Tensor:
         """One pass of descent over the codes of these columns; returns the step of their values."""
-        before = self.codes[at].clone()
-        self.codes[at] = columns.descend(self.nest, before, gradient, self.hessian[at, at], scale, zero, group_of)
-        after = columns.values(self.nest, self.codes[at], scale, zero, group_of)
-        return after - columns.values(self.nest, before, scale, zero, group_of)
-
-    def _move_group(self, g: int, at: slice, gradient: Tensor) -> Tensor:
-        """Step group g's scales; returns the step of its values."""
-        self.scale[g], self.zero[g], step = self._scale_step(
-            self.codes[at], gradient, self.hessian[at, at], self.scale[g], self.zero[g]
-        )
+        hessian = self.hessian[at, at]
+        self.codes[at], step = columns.descend(self.nest, self.codes[at], gradient, hessian, scale, zero, group_of)
         return step
+
+    def _move_group(self, g: int, at: slice, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Step group g's scales; returns the step of its values and the gradient [columns, levels, rows] after it."""
+        self.scale[g], self.zero[g], step, gradient = columns.move(
+            self.nest, self.codes[at], gradient, self.hessian[at, at], self.scale[g], self.zero[g], self.symmetric
+        )
+        return step, gradient
 
     def _groups(self) -> list[slice]:
         edges = [0, *(torch.nonzero(self.group_of.diff()).flatten() + 1).tolist(), len(self.codes)]
@@ -253,53 +250,10 @@ class _State:
             errors.append(error)
         return torch.cat(codes), torch.cat(errors)
 
-    def _scale_step(
-        self, codes: Tensor, gradient: Tensor, metric: Tensor, scale: Tensor, zero: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The least squares step of one group's scale and zero point [levels, rows] with its codes fixed.
-
-        Values are s c + b with b = -s z, so (ds, db) solves the 2x2 system with entries c M c, c M 1, 1 M 1 and right
-        side c G, 1 G. Returned with the step of the values [columns, levels, rows]; rows that the rounded step does
-        not improve stay as they are.
-        """
-        local = torch.zeros(len(codes), dtype=torch.int32, device=codes.device)
-        before = columns.values(self.nest, codes, scale[None], zero[None], local)
-        unit = before / scale if self.symmetric else before / scale + zero
-        moved = _apply(metric, unit)
-        cc, cg = (unit * moved).sum(0), (unit * gradient).sum(0)
-        if self.symmetric:
-            new_scale, new_zero = to_half(scale + cg / cc.clamp_min(1e-30)), zero
-            sane = new_scale >= MIN_SCALE
-        else:
-            ones = metric.sum(dim=0)
-            c1, g1, n1 = (unit * ones[:, None, None]).sum(0), gradient.sum(0), ones.sum()
-            determinant = cc * n1 - c1 * c1
-            safe = determinant.clamp_min(1e-30)
-            new_scale = to_half(scale + (n1 * cg - c1 * g1) / safe)
-            sane = (new_scale >= MIN_SCALE) & (determinant > 1e-6 * cc * n1)
-            new_scale = torch.where(sane, new_scale, scale)
-            # With the scale rounded, the best offset follows from the second equation alone.
-            offset = -scale * zero + (g1 - c1 * (new_scale - scale)) / n1
-            new_zero = to_half(-offset / new_scale)
-        new_scale = torch.where(sane, new_scale, scale)
-        step = columns.values(self.nest, codes, new_scale[None], new_zero[None], local) - before
-        gain = (step * (2 * gradient - _apply(metric, step))).sum(0)
-        better = sane & (gain > 0)
-        return (
-            torch.where(better, new_scale, scale),
-            torch.where(better, new_zero, zero),
-            torch.where(better, step, 0.0),
-        )
-
     def _weighted(self, error: Tensor) -> Tensor:
         """[rows] sum over columns and levels of lambda_r error²."""
         weights = torch.tensor(self.nest.weights, device=error.device)
         return torch.einsum("clr,l->r", error.square(), weights)
-
-
-def _apply(matrix: Tensor, x: Tensor) -> Tensor:
-    """matrix [m, n] times x [n, levels, rows] -> [m, levels, rows]."""
-    return (matrix @ x.flatten(1)).unflatten(1, x.shape[1:])
 
 
 def _subtract(target: Tensor, matrix: Tensor, x: Tensor) -> None:
