@@ -12,6 +12,7 @@ from naive import solvers as naive
 
 from elastiq.core import Codes, ElastiqError, Solver, Stats
 from elastiq.formats import Integer
+from elastiq.linalg import streams
 from elastiq.linalg.cholesky import damped
 from elastiq.solvers import GPTQ, Nested, RoundToNearest
 
@@ -141,3 +142,22 @@ def test_refinement_helps_high_levels_and_leaves_low_ones() -> None:
         assert torch.equal(before.dense(level), after.dense(level))
     for level in (6, 8):
         assert output_error(weight, after.dense(level), stats) < output_error(weight, before.dense(level), stats)
+
+
+@pytest.mark.parametrize("order", [False, True])
+def test_threads_change_no_bit(order: bool) -> None:
+    weight, stats = weight_and_stats(2 * streams.ROW_CHUNK + 20, 64)
+    solver, threads = GPTQ(act_order=True) if order else Nested(), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            codes = codes_of(solver, Integer((2, 4, 8), 32), weight, stats)
+            assert torch.get_num_threads() == count
+            found.append(codes)
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(other.codes, found[0].codes)
+        assert torch.equal(other.grid.scale, found[0].grid.scale)
+        assert torch.equal(other.grid.zero_point, found[0].grid.zero_point)

@@ -49,8 +49,8 @@ class Stats:
         """
         x = x.detach().reshape(-1, x.shape[-1]).float()
         weights = torch.ones(len(x), device=x.device) if weights is None else weights.detach().reshape(-1).float()
-        finite = torch.isfinite(x).all(dim=1) & torch.isfinite(weights)
-        if not bool(finite.all()):
+        if not bool(torch.isfinite(x.sum() + weights.sum())):  # or the sum alone is too large
+            finite = torch.isfinite(x).all(dim=1) & torch.isfinite(weights)
             self.dropped += int((~finite).sum())
             x, weights = x[finite], weights[finite]
         if not len(x):

@@ -5,6 +5,8 @@ With a single level this is GPTQ (Frantar et al. 2023, algorithm 1) followed by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,8 +19,9 @@ from .columns import LANES, Nest
 
 LOW = 4
 """Widest level that refinement leaves alone."""
-ROW_CHUNK = 256
-"""Rows solved together: bounds the memory, changes no code."""
+ROW_CHUNK = 128
+"""Rows solved together: bounds the memory. Chunks are solved in parallel, each by one thread, so that the number of
+threads changes no bit."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,8 @@ def solve(
     Without `order` the groups are visited one after the other and every level fits its scales on its own compensated
     weights; with it the columns are visited in that order on the scales of `grid`.
     """
-    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for first in range(0, len(weight), ROW_CHUNK):
-        rows = slice(first, first + ROW_CHUNK)
+
+    def solve_rows(rows: slice) -> _Part:
         state = _State.of_rows(weight[rows], hessian, nest, search, grid, order)
         if order is None:
             state.greedy_by_group(upper)
@@ -62,8 +64,10 @@ def solve(
         for _ in range(search.passes):
             state.descend()
         state.refine()
-        _collect(state, len(weight[rows]), order, *parts)
-    return torch.cat(parts[0]), _grid(nest.levels, grid, *parts[1:])
+        return state.part(len(weight[rows]), order)
+
+    codes, scale, zero = _by_rows(solve_rows, len(weight))
+    return codes, Grid(nest.levels, grid.group_size, scale, zero, grid.symmetric)
 
 
 def refit_lower_levels(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, levels: tuple[int, ...]) -> Grid:
@@ -82,37 +86,34 @@ def refit_lower_levels(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Gri
     middle = torch.tensor([(2.0**level - 1) / 2 for level in lower], device=zero.device)
     zero = middle[:, None, None].expand_as(zero) if grid.symmetric else zero
     begin = Grid(lower, grid.group_size, scale.clamp_min(MIN_SCALE), zero, grid.symmetric)
-    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for first in range(0, len(weight), ROW_CHUNK):
-        rows = slice(first, first + ROW_CHUNK)
+
+    def refit_rows(rows: slice) -> _Part:
         state = _State.of_rows(weight[rows], hessian, nest, Search(0, 0, 0, 0), begin, None)
         state.start_from(begin, rows, codes[rows] >> (grid.bits - lower[-1]))
         for _ in range(2):
             state.move_scales()
-        _collect(state, len(weight[rows]), None, *parts)
-    fitted = _grid(lower, grid, *parts[1:])
-    return Grid(
-        (*lower, grid.bits),
-        grid.group_size,
-        torch.cat([fitted.scale, top_scale[None]]),
-        torch.cat([fitted.zero_point, top_zero[None]]),
-        grid.symmetric,
-    )
+        return state.part(len(weight[rows]), None)
+
+    _, scale, zero = _by_rows(refit_rows, len(weight))
+    scale, zero = torch.cat([scale, top_scale[None]]), torch.cat([zero, top_zero[None]])
+    return Grid((*lower, grid.bits), grid.group_size, scale, zero, grid.symmetric)
 
 
-def _collect(
-    state: _State, rows: int, order: Tensor | None, codes: list[Tensor], scales: list[Tensor], zeros: list[Tensor]
-) -> None:
-    """Append a chunk's results with rows first: codes [rows, in], scale and zero [rows, levels, groups]."""
-    natural = state.codes if order is None else state.codes[order.argsort()]
-    codes.append(natural.T[:rows].contiguous())
-    scales.append(state.scale.permute(2, 1, 0)[:rows])
-    zeros.append(state.zero.permute(2, 1, 0)[:rows])
+_Part = tuple[Tensor, Tensor, Tensor]
+"""Codes [rows, in], scale and zero point [levels, rows, groups] of some rows."""
 
 
-def _grid(levels: tuple[int, ...], like: Grid, scales: list[Tensor], zeros: list[Tensor]) -> Grid:
-    scale, zero = (torch.cat(x).permute(1, 0, 2).contiguous() for x in (scales, zeros))
-    return Grid(levels, like.group_size, scale, zero, like.symmetric)
+def _by_rows(solve: Callable[[slice], _Part], num_rows: int) -> _Part:
+    """The results of `solve` for chunks of all rows, put together; as many chunks at a time as torch has threads."""
+    chunks = [slice(first, first + ROW_CHUNK) for first in range(0, num_rows, ROW_CHUNK)]
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(min(threads, len(chunks)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = list(pool.map(solve, chunks))
+    finally:
+        torch.set_num_threads(threads)  # part of it is one setting for all threads
+    codes, scale, zero = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(scale, dim=1), torch.cat(zero, dim=1)
 
 
 class _State:
@@ -174,6 +175,12 @@ class _State:
                 error, codes = torch.where(better, new_error, error), torch.where(better, new_codes, codes)
             self.codes[at], self.scale[g], self.zero[g] = codes, scale, zero
             _subtract(rest[at.stop :], upper[at, at.stop :].T, error)
+
+    def part(self, rows: int, order: Tensor | None) -> _Part:
+        """The results for the first `rows` rows, columns in their natural order."""
+        codes = self.codes if order is None else self.codes[order.argsort()]
+        scale, zero = (x.permute(1, 2, 0)[:, :rows] for x in (self.scale, self.zero))
+        return codes.T[:rows], scale, zero
 
     def descend(self) -> None:
         """One sweep: every group moves its scales, then its codes, against the gradient of the whole rows' error."""
