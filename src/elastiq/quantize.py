@@ -23,6 +23,7 @@ from .calibrate import BlockStream, calibration_ids, mixed_ids
 from .checkpoint import CheckpointReader, CheckpointWriter, is_finished
 from .checkpoint.sizes import level_sizes
 from .core import Codes, ElastiqError, QuantizedWeight, Recipe, Site, Stats
+from .evaluate import write_card
 from .formats import Integer
 from .importing import ordinary
 from .linalg import native
@@ -153,6 +154,7 @@ def _quantize(
     report("reading the model", 1, 1)
     output = Path(output)
     if not restart and is_finished(output, fingerprint):
+        write_card(output)
         return _summary(output, len(ids), begin, already_finished=True)
     skeleton = build_skeleton(source, dtype or torch.float32)
     layout = discover(skeleton)
@@ -173,6 +175,7 @@ def _quantize(
             "windows": len(ids),
             "seq_len": ids.shape[1],
             "skipped": layout.skipped,
+            **({} if Path(model).exists() else {"base_model": str(model)}),
         }
         if recipe.tuner is not None and tuning_ids is not None:
             sites = layout.sites + (layout.outer if recipe.embeddings else ())
@@ -181,6 +184,7 @@ def _quantize(
             info["tuning"] = {"windows": len(tuning_ids), "loss": tuned}
         report("writing the checkpoint", 0, 1)
         writer.finish(_base(source, layout, recipe), source.path, _config(source), recipe, info)
+    write_card(output)
     report("writing the checkpoint", 1, 1)
     return _summary(output, len(ids), begin, resumed_blocks=len(done))
 

@@ -9,7 +9,7 @@ import typer
 
 from ..checkpoint import CheckpointReader, slice_checkpoint
 from ..core import MAX_BITS
-from ..evaluate import megabytes
+from ..evaluate import megabytes, write_card
 from ..export import TARGETS, export
 from ..importing import import_model
 from ..report import write_report
@@ -39,6 +39,7 @@ def slice_command(
 ) -> None:
     """Write a smaller directory that holds the first BITS planes of CHECKPOINT."""
     slice_checkpoint(checkpoint, bits, output)
+    write_card(output)
     reader = CheckpointReader(output)
     size = megabytes(sum(file.stat().st_size for file in output.iterdir()))
     out.print(f"{output}: {comma(reader.available)} bits, {size}")

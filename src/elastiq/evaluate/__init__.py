@@ -1,12 +1,13 @@
 """What a checkpoint, or a model before it, is worth."""
 
 from ..checkpoint.sizes import checkpoint_files, full_bytes, level_sizes, megabytes
+from .card import made_by, write_card
 from .evaluation import evaluate, load_full
 from .inspection import inspect_checkpoint, inspect_model
 from .kinds import kind, short_kinds
-from .record import read_evaluations, write_json
+from .record import read_evaluations, read_tasks, write_json
 from .table import level_error, mean_error
-from .tasks import evaluate_tasks, read_tasks
+from .tasks import evaluate_tasks
 from .text import load_tokenizer, read_text, windows
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "level_sizes",
     "load_full",
     "load_tokenizer",
+    "made_by",
     "mean_error",
     "megabytes",
     "read_evaluations",
@@ -28,5 +30,6 @@ __all__ = [
     "read_text",
     "short_kinds",
     "windows",
+    "write_card",
     "write_json",
 ]

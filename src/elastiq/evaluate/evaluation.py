@@ -18,6 +18,7 @@ from ..checkpoint.sizes import full_bytes, map_mean_bits, map_sizes
 from ..core import ElastiqError, LevelMap
 from ..load import load, map_widths, set_bits
 from ..models import ModelSource, give_back_memory
+from .card import write_card
 from .record import keep
 from .scores import Scores
 from .text import load_tokenizer, read_text, windows
@@ -170,5 +171,6 @@ def _keep(path: str | Path, result: dict[str, Any]) -> None:
     """A checkpoint that cannot be written is no reason to lose the result."""
     try:
         keep(path, result)
+        write_card(path)
     except ElastiqError as error:
         log.warning("%s; the report will not show this evaluation", error)

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.files import read_json
+from ..checkpoint.names import TASKS
 from ..core import ElastiqError
 
 FILE = "evaluation.json"
@@ -49,6 +51,15 @@ def read_evaluations(checkpoint: str | Path) -> list[dict[str, Any]]:
         ]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def read_tasks(checkpoint: str | Path) -> dict[str, Any]:
+    """Results kept beside a checkpoint by what they depend on; nothing where the file is absent or not ours."""
+    try:
+        kept = read_json(Path(checkpoint) / TASKS)["results"]
+        return {key: row for key, row in kept.items() if isinstance(row["metrics"], dict)}
+    except (ElastiqError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def keep(checkpoint: str | Path, result: dict[str, Any]) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from ..checkpoint import CheckpointReader
-from ..checkpoint.files import MAX_JSON, read_json, sha256
+from ..checkpoint.files import MAX_JSON, sha256
 from ..checkpoint.names import TASKS
 from ..checkpoint.sizes import map_sizes
 from ..core import ElastiqError, LevelMap
 from ..load import load, set_bits
+from .card import write_card
 from .evaluation import load_full, width_maps
-from .record import write_json
+from .record import read_tasks, write_json
 from .text import load_tokenizer
 
 log = logging.getLogger("elastiq")
@@ -113,19 +114,11 @@ def evaluate_tasks(
     }
 
 
-def read_tasks(checkpoint: str | Path) -> dict[str, Any]:
-    """Results kept beside a checkpoint by what they depend on; nothing where the file is absent or not ours."""
-    try:
-        kept = read_json(Path(checkpoint) / TASKS)["results"]
-        return {key: row for key, row in kept.items() if isinstance(row["metrics"], dict)}
-    except (ElastiqError, KeyError, TypeError, AttributeError):
-        return {}
-
-
 def _keep(path: str | Path, kept: dict[str, Any]) -> None:
     """A checkpoint that cannot be written is no reason to lose the result."""
     try:
         write_json(Path(path) / TASKS, {"results": kept})
+        write_card(path)
     except ElastiqError as error:
         log.warning("%s; nothing is kept for the next time", error)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoint import CheckpointReader
 from ..core import ElastiqError
-from ..evaluate import checkpoint_files, full_bytes, level_sizes, mean_error, megabytes, read_evaluations
+from ..evaluate import checkpoint_files, full_bytes, level_sizes, made_by, mean_error, megabytes, read_evaluations
 from .charts import line_chart, save_line_chart
 from .data import (
     Line,
@@ -108,7 +108,7 @@ def _view(reader: CheckpointReader) -> dict[str, Any]:
         "--text FILE.txt --against MODEL",
         "use_shell": _use_shell(reader),
         "use_python": _use_python(reader),
-        "reproduce": _reproduce(reader),
+        "reproduce": made_by(reader),
         "version": version("elastiq"),
     }
 
@@ -276,30 +276,6 @@ def _use_python(reader: CheckpointReader) -> str:
     if first != last:
         lines.append(f"elastiq.set_bits(model, {last})   # live")
     return "\n".join(lines)
-
-
-def _reproduce(reader: CheckpointReader) -> str:
-    """The command that made the checkpoint, as far as its files tell."""
-    recipe, info = reader.recipe.to_dict(), reader.level_table.get("info")
-    info = info if isinstance(info, dict) else {}
-    grid = recipe["format"]
-    words = [
-        "elastiq quantize",
-        str(info.get("model", "MODEL")),
-        "-o",
-        reader.path.name,
-        "--recipe",
-        recipe["solver"]["name"] + ("-tuned" if "tuner" in recipe else ""),
-    ]
-    words += ["--levels", _comma(reader.manifest.levels), "--group-size", str(grid.get("group_size"))]
-    words += ["--symmetric"] if grid.get("symmetric") else []
-    words += ["--embeddings"] if recipe["embeddings"] else []
-    words += ["--inputs", recipe["inputs"]] if recipe["inputs"] != "full" else []
-    for name in info.get("calibration") or ():
-        words += ["--calibration", str(name)]
-    for option, key in (("--num-samples", "windows"), ("--seq-len", "seq_len"), ("--seed", "seed")):
-        words += [option, str(info[key])] if key in info else []
-    return " ".join(words)
 
 
 def _perplexity(value: float | None) -> str:

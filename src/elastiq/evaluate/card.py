@@ -1,0 +1,186 @@
+"""The model card: README.md of a checkpoint, with the front matter that the hub reads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from ..checkpoint import CheckpointReader
+from ..checkpoint.files import replace_durably, write_durably
+from ..checkpoint.names import CARD
+from ..checkpoint.sizes import full_bytes, level_sizes, megabytes
+from ..core import ElastiqError
+from .record import read_evaluations, read_tasks
+
+log = logging.getLogger("elastiq")
+
+_BEGIN, _END = "<!-- written by elastiq -->", "<!-- end of what elastiq writes -->"
+
+
+def write_card(checkpoint: str | Path) -> Path:
+    """Write README.md into a checkpoint, or bring the part of it up to date that elastiq wrote; the file.
+
+    What stands outside of the two marks is the owner's and is left alone; so is a README.md without them.
+    A checkpoint that cannot be written is left as it is, with a warning. Raises ElastiqError for what is no checkpoint.
+    """
+    reader = CheckpointReader(checkpoint)
+    path = reader.path / CARD
+    try:
+        _refresh(reader, path)
+    except OSError as error:
+        log.warning("%s cannot be written (%s)", path, error.strerror)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ElastiqError(
+            f"{reader.path}: evaluation.json or tasks.json is not what elastiq writes; remove it"
+        ) from None
+    return path
+
+
+def _refresh(reader: CheckpointReader, path: Path) -> None:
+    old = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+    new = f"{_front_matter(reader)}\n\n{_BEGIN}\n{_body(reader)}{_END}\n"
+    if old is not None:
+        before, begin, rest = old.partition(_BEGIN)
+        _, end, after = rest.partition(_END)
+        new = f"{before}{_BEGIN}\n{_body(reader)}{_END}{after}" if begin and end else old
+    if new != old:
+        replace_durably(path, lambda temporary: write_durably(temporary, [new.encode()]))
+
+
+def made_by(reader: CheckpointReader) -> str:
+    """The command that made the checkpoint, as far as its files tell."""
+    recipe, info = reader.recipe.to_dict(), reader.info
+    grid = recipe["format"]
+    words = [
+        "elastiq quantize",
+        str(info.get("base_model") or info.get("model", "MODEL")),
+        "-o",
+        reader.path.resolve().name,
+        "--recipe",
+        recipe["solver"]["name"] + ("-tuned" if "tuner" in recipe else ""),
+    ]
+    words += ["--levels", _comma(reader.manifest.levels), "--group-size", str(grid.get("group_size"))]
+    words += ["--symmetric"] if grid.get("symmetric") else []
+    words += ["--embeddings"] if recipe["embeddings"] else []
+    words += ["--inputs", recipe["inputs"]] if recipe["inputs"] != "full" else []
+    for name in info.get("calibration") or ():
+        words += ["--calibration", str(name)]
+    for option, key in (("--num-samples", "windows"), ("--seq-len", "seq_len"), ("--seed", "seed")):
+        words += [option, str(info[key])] if key in info else []
+    return " ".join(words)
+
+
+def _front_matter(reader: CheckpointReader) -> str:
+    base = reader.info.get("base_model")
+    data = ModelCardData(
+        library_name="elastiq",
+        pipeline_tag="text-generation",
+        base_model=base if isinstance(base, str) else None,
+        base_model_relation="quantized" if isinstance(base, str) else None,
+        tags=["elastiq", "quantized", reader.recipe.solver.name, *(f"{bits}-bit" for bits in reader.levels)],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _body(reader: CheckpointReader) -> str:
+    base = _plain(reader.info.get("base_model") or reader.info.get("model", "a model"))
+    available, recipe = reader.available, reader.recipe
+    low = reader.levels[min(1, len(reader.levels) - 1)]
+    tuned = "" if recipe.tuner is None else f", tuner `{recipe.tuner.name}`"
+    lines = [
+        f"# {_plain(reader.path.resolve().name)}",
+        "",
+        f"`{base}`, quantized once and read at {_comma(available)} bits from the same files: format "
+        f"`{recipe.format.name}`, solver `{recipe.solver.name}`{tuned}, group size {reader.manifest.group_size}.",
+        "",
+        *_widths(reader),
+        "",
+        "```python",
+        "import elastiq",
+        "",
+        f'model = elastiq.load("DIRECTORY", bits={low})   # the directory that elastiq pull NAME --bits {low} wrote',
+        "```",
+        "",
+        "Made by elastiq " + version("elastiq") + ":",
+        "",
+        "```",
+        _plain(made_by(reader)),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _widths(reader: CheckpointReader) -> list[str]:
+    """One table of all widths, what was measured beside what was counted, and how it was measured."""
+    measured = read_evaluations(reader.path)
+    found: dict[Any, list[str]] = {bits: [] for bits in reader.levels}
+    extra = {row["bits"] for e in measured for row in e["levels"]} - set(found)
+    sizes: dict[Any, dict[str, Any]] = {**level_sizes(reader, reader.levels)}
+    for evaluation in measured:
+        sizes |= {row["bits"]: row for row in evaluation["levels"] if row["bits"] in extra}
+    columns = ["bits", "bits per weight", "on disk", "in memory"]
+    rows = {
+        bits: [
+            f"{bits:g}",
+            f"{sizes[bits]['bits_per_weight']:.2f}",
+            megabytes(sizes[bits]["bytes_on_disk"]),
+            megabytes(sizes[bits]["bytes_in_memory"]),
+        ]
+        for bits in sorted([*found, *extra])
+    }
+    rows["16"] = ["16", "16.00", "", megabytes(full_bytes(reader))]
+    notes = []
+    for number, evaluation in enumerate(measured, start=1):
+        mark = f" ({number})" if len(measured) > 1 else ""
+        columns += [f"perplexity{mark}", f"KL divergence{mark}"]
+        by_bits = {row["bits"]: row for row in evaluation["levels"]} | {
+            "16": {"perplexity": evaluation["full"]["perplexity"], "kl_mean": 0.0 if evaluation["against"] else None}
+        }
+        for bits, cells in rows.items():
+            row = by_bits.get(bits, {})
+            cells += [_number(row.get("perplexity"), ".2f"), _number(row.get("kl_mean"), ".3g")]
+        notes.append(f"{mark.strip()} {_plain(evaluation['protocol']['words'])}.".strip())
+    return [*_table(columns, list(rows.values())), "", *notes, *_tasks(reader)]
+
+
+def _tasks(reader: CheckpointReader) -> list[str]:
+    """What lm-evaluation-harness said, where it was asked."""
+    kept = list(read_tasks(reader.path).values())
+    metrics = list(dict.fromkeys((row["task"], row["items"], m) for row in kept for m in row["metrics"]))
+    metrics = [metric for metric in metrics if not metric[2].endswith("_stderr")]
+    if not metrics:
+        return []
+    found: dict[Any, dict[Any, float]] = {}
+    for row in kept:
+        for metric, value in row["metrics"].items():
+            found.setdefault(row["bits"], {})[row["task"], row["items"], metric] = value
+    order = sorted(bits for bits in found if bits is not None) + ([None] if None in found else [])
+    columns = ["bits", *(f"{_plain(task)} {m}" + (f", {items} items" if items else "") for task, items, m in metrics)]
+    rows = [
+        ["16" if bits is None else f"{bits:g}", *(_number(found[bits].get(metric), ".3f") for metric in metrics)]
+        for bits in order
+    ]
+    return ["", "By lm-evaluation-harness:", "", *_table(columns, rows)]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+
+
+def _plain(text: object) -> str:
+    """Names from outside as one line that is no markup."""
+    return "".join(c if c.isprintable() and c not in "`|<>" else " " for c in str(text))
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+def _comma(values: Sequence[int]) -> str:
+    return ",".join(map(str, values))
