@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from elastiq.allocate import Budget, allocate, read_stored
 from elastiq.checkpoint import CheckpointReader
 from elastiq.core import ElastiqError, Evidence, Step
 from elastiq.measure import Bench, allocate_measured, latency_table, measure_sensitivity
+from elastiq.measure.bench import block_name
 from elastiq.measure.evidence import gather
+from elastiq.measure.prefix import Prefix
 
 TEXT = "".join(f"{i}: the quick brown fox, {i * 7919 % 1000} lazy dogs;\n" for i in range(40))
 LEVELS = (2, 4, 8)
@@ -56,6 +59,47 @@ def test_damage_is_that_of_the_loaded_model(checkpoint: Path, text: Path) -> Non
     assert measured.nll == pytest.approx(float((p - q).gather(2, targets).mean()), rel=1e-3, abs=1e-6)
     assert bench.damage({}).kl == pytest.approx(0.0, abs=1e-9)
     assert bench.damage({name: 2}) == measured, "lowering and raising again leaves no trace"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma3"])
+def test_blocks_that_did_not_change_are_not_run_again(
+    family: str, tiny_model: Callable[[str], Path], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same damage to the last bit, whichever block was lowered before."""
+    output = make(family, tiny_model, tmp_path / family)
+    bench = Bench(output, text, **SMALL)
+    last = max(bench.blocks.values())
+    names = [[name for name, block in bench.blocks.items() if block == index][-1] for index in range(last + 1)]
+    order = [*names, *reversed(names)]
+    short = [bench.damage({name: 2}) for name in order]
+    runs: list[int] = []
+    inside = next(bench.model.get_submodule(str(block_name(names[0], 0))).children())
+    inside.register_forward_hook(lambda *_: runs.append(0))
+    assert bench.damage({names[-1]: 2}) == short[last] and not runs, "what the first block answers is known"
+    monkeypatch.setattr(Bench, "_unchanged_blocks", lambda *_: 0)
+    assert [bench.damage({name: 2}) for name in order] == short and all(damage.kl > 0 for damage in short)
+
+
+def test_a_model_whose_blocks_share_more_than_answers_is_run_whole() -> None:
+    kept: list[torch.Tensor] = []
+
+    class First(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            kept.append(x)
+            return super().forward(x)
+
+    class Sharing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([First(4, 4), torch.nn.Linear(4, 4)])
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            kept.clear()
+            hidden = self.blocks[0](F.one_hot(input_ids, 4).float())
+            return SimpleNamespace(logits=self.blocks[1](hidden) + kept[0])
+
+    model = Sharing()
+    assert not Prefix(model, list(model.blocks), torch.arange(4)[None]).usable
 
 
 def test_the_reference_may_be_the_full_model(

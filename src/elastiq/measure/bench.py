@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,6 +19,7 @@ from ..core import Damage
 from ..evaluate import load_full, load_tokenizer, read_text, windows
 from ..load import load
 from ..runtime import NestedLinear, NestedMatrix, nested_matrices
+from .prefix import Prefix
 
 _KL_ROWS = 512
 """Positions whose log-probabilities are compared at a time."""
@@ -37,8 +39,9 @@ class Bench:
     """The model of a checkpoint at its widest, each matrix decoded once into a dense float32 weight beside its planes.
 
     `damage` reads any matrices at other widths and compares the predictions with a reference, the widest model or the
-    16-bit model `against`, whose log-probabilities are kept: windows x window x vocabulary floats.
-    ids: [windows, window] of `text`.
+    16-bit model `against`, whose log-probabilities are kept: windows x window x vocabulary floats. Blocks before the
+    first matrix that is read otherwise are not run again.
+    ids: [windows, window] of `text`. blocks: index of the decoder block of every matrix, -1 outside of them.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class Bench:
             self._make_dense(name, matrix)
         self._against = against
         self._device = device
+        self.blocks = {row["tensor"]: int(row["block"]) for row in self.reader.table}
+        self._prefix = Prefix(self.model, self._decoder_blocks(), self.ids)
 
     def parameter(self, name: str) -> nn.Parameter | None:
         """The dense weight of a matrix ([experts, out, in] for experts), None for an embedding, which stays nested."""
@@ -82,11 +87,15 @@ class Bench:
     def damage(self, widths: Mapping[str, int]) -> Damage:
         """What reading the matrices of `widths` so, and all others at the widest, does to the predictions."""
         reference, reference_nll = self.reference
-        self._set(widths)
+        changed = {name: bits for name, bits in widths.items() if bits != self._widest[name]}
+        if not changed and self._against is None:
+            return Damage(0.0, 0.0)
         kl, nll, count = 0.0, 0.0, 0
         with torch.inference_mode():
+            same = self._unchanged_blocks(changed)
+            self._set(changed)
             for index, ids in enumerate(self.ids):
-                log_q = F.log_softmax(_logits(self.model, ids), dim=-1)
+                log_q = F.log_softmax(self._prefix.logits(index, same), dim=-1)
                 nll -= float(log_q.gather(1, ids[1:, None]).sum(dtype=torch.float64))
                 for first in range(0, len(log_q), _KL_ROWS):
                     log_p = reference[index, first : first + _KL_ROWS]
@@ -109,8 +118,29 @@ class Bench:
         if self._against is not None:
             model = load_full(self._against, None, self._device, torch.float32)
         with torch.inference_mode():
-            kept = torch.stack([F.log_softmax(_logits(model, ids), dim=-1) for ids in self.ids])
+            logits = (model(input_ids=ids[None], use_cache=False).logits[0, :-1].float() for ids in self.ids)
+            kept = torch.stack([F.log_softmax(part, dim=-1) for part in logits])
             return kept, -float(kept.gather(2, self.ids[:, 1:, None]).mean(dtype=torch.float64))
+
+    def _unchanged_blocks(self, changed: Mapping[str, int]) -> int:
+        """How many leading blocks are as in the widest model; what they answer there is remembered."""
+        count = min((self.blocks[name] for name in changed), default=0)
+        if count < 1 or not self._prefix_usable:
+            return 0
+        self._set({})
+        self._prefix.remember(count)
+        return count
+
+    @cached_property
+    def _prefix_usable(self) -> bool:
+        self._set({})
+        return self._prefix.usable
+
+    def _decoder_blocks(self) -> list[nn.Module]:
+        """All blocks in their order; none where matrices of several lists of blocks are quantized."""
+        names = {block_name(name, block) for name, block in self.blocks.items() if block >= 0}
+        parents = {str(name).rpartition(".")[0] for name in names}
+        return list(self.model.get_submodule(parents.pop()).children()) if len(parents) == 1 else []
 
     @torch.no_grad()
     def _set(self, widths: Mapping[str, int]) -> None:
@@ -139,7 +169,7 @@ class Bench:
             parent.register_parameter(leaf, weight)
 
 
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """[window - 1, vocabulary] float32 of one window."""
-    logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-    return logits.float()
+def block_name(matrix: str, block: int) -> str | None:
+    """Name of the decoder block a matrix is in, None outside of them."""
+    match = re.match(rf"(.*?\.{block})\.", matrix) if block >= 0 else None
+    return None if match is None else match.group(1)

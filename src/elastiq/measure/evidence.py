@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core import ElastiqError, Evidence, Stats
-from .bench import Bench
+from .bench import Bench, block_name
 
 Progress = Callable[[str, int, int], None]
 
@@ -49,12 +48,6 @@ def gather(
     if "trace" in needs:
         _traces(bench, found, progress)
     return found
-
-
-def block_name(matrix: str, block: int) -> str | None:
-    """Name of the decoder block a matrix is in, None outside of them."""
-    match = re.match(rf"(.*?\.{block})\.", matrix) if block >= 0 else None
-    return None if match is None else match.group(1)
 
 
 def _rows(weight: Tensor) -> Tensor:

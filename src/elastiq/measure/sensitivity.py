@@ -58,7 +58,7 @@ def measure_sensitivity(
     bench = Bench(path, text, window=window, num_windows=num_windows, device=device)
     stored = _with_uniform(reader, stored, bench, report)
     partial_file = _Partial(reader, description, restart)
-    evidence = gather(bench, table_evidence(reader), _blocks(reader), step.needs - {"damage"}, report)
+    evidence = gather(bench, table_evidence(reader), bench.blocks, step.needs - {"damage"}, report)
     for index, group in enumerate(groups):
         report(f"measuring {step.name}", index, len(groups))
         if group not in partial_file.done:
@@ -123,7 +123,3 @@ def _with_uniform(reader: CheckpointReader, stored: Stored, bench: Bench, report
     stored = Stored(stored.measurements, uniform, bench.text)
     write_stored(reader, stored)
     return stored
-
-
-def _blocks(reader: CheckpointReader) -> dict[str, int]:
-    return {row["tensor"]: int(row["block"]) for row in reader.table}
