@@ -102,7 +102,7 @@ class GGUF(Target, name="gguf"):
         state = []
         for tensor in gguf.GGUFReader(path).tensors:
             if tensor.name in ours:
-                values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+                values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
                 name, stored = ours[tensor.name], view.matrices.get(ours[tensor.name])
                 full = name if stored is None else f"{name}.weight"
                 values = family.restore(full, values, view.config)
