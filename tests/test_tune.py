@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import elastiq
 from elastiq import ElastiqError, recipes
+from elastiq.allocate import Budget, allocate
 from elastiq.calibrate import mixed_ids
 from elastiq.checkpoint import CheckpointReader
 from elastiq.evaluate import load_tokenizer
@@ -82,6 +83,9 @@ def test_every_kind_of_matrix(family: str, tiny_model: Callable[[str], Path], tm
         changed = {key for key in old if not torch.equal(old[key], new[key])}
         assert old.keys() == new.keys() and all(key.endswith(("_2", "_4")) and "plane" not in key for key in changed)
     assert before["base.safetensors"] == after["base.safetensors"]
+    assert all(row["error"] is None for row in summary.levels.values()), "those of the untuned scales are stale"
+    with pytest.raises(ElastiqError, match=r"levels.json has no output error of .* at 2 bits .*; run ela"):
+        allocate(tmp_path / "after", Budget(bits=3.0))
 
 
 def test_bfloat16_arithmetic_also_helps(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

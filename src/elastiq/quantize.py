@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from .calibrate import BlockStream, calibration_ids, mixed_ids
 from .checkpoint import CheckpointReader, CheckpointWriter, is_finished
 from .checkpoint.sizes import level_sizes
 from .core import Codes, ElastiqError, QuantizedWeight, Recipe, Site, Stats
-from .evaluate import write_card
+from .evaluate import mean_error, write_card
 from .formats import Integer
 from .importing import ordinary
 from .linalg import native
@@ -50,12 +49,13 @@ class Summary:
 
     levels: level -> bits_per_weight (counted over the quantized matrices), bytes_in_memory (the planes up to that level
     with their scales, and everything in 16 bits), bytes_on_disk (the files a reader of that level needs), error (mean
-    over the matrices of the relative output error, before any tuning). tuning: level -> the tuner's loss before and
-    after, on windows it did not train on. already_finished: nothing was done, the checkpoint was there.
+    over the matrices of the relative output error, None for a level that was tuned afterwards). tuning: level -> the
+    tuner's loss before and after, on windows it did not train on. already_finished: nothing was done, the checkpoint
+    was there.
     """
 
     output: str
-    levels: dict[int, dict[str, float]]
+    levels: dict[int, dict[str, Any]]
     matrices: int
     windows: int
     seconds: float
@@ -383,10 +383,7 @@ def _summary(output: Path, windows: int, begin: float, **facts: Any) -> Summary:
     sizes = level_sizes(reader, reader.levels)
     return Summary(
         output=str(output),
-        levels={
-            level: {**sizes[level], "error": mean(float(row["levels"][str(level)]["error"]) for row in reader.table)}
-            for level in reader.levels
-        },
+        levels={level: {**sizes[level], "error": mean_error(reader.table, level)} for level in reader.levels},
         matrices=len(reader.table),
         windows=windows,
         seconds=time.perf_counter() - begin,

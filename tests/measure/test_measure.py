@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +126,20 @@ def test_every_method_measures_and_is_kept(
         assert found.sensitivity == name and found.sizes["mean_bits"] <= 3.5
     assert not (output / "sensitivity.partial.json").exists()
     assert set(read_stored(CheckpointReader(output)).uniform) == set(LEVELS)
+
+
+def test_a_checkpoint_without_errors_is_measured_end_to_end(
+    checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CheckpointReader, "check", lambda reader, name: None)
+    table = json.loads((checkpoint / "levels.json").read_text())
+    table["matrices"][1]["levels"]["4"]["error"] = None
+    (checkpoint / "levels.json").write_text(json.dumps(table))
+    for name in ("output-error", "weight-outliers"):
+        with pytest.raises(ElastiqError, match=f"sensitivity {name}: levels.json has no output error of .* at 4 bits"):
+            measure_sensitivity(checkpoint, name, text, **SMALL)
+    measure_sensitivity(checkpoint, "kl", text, **SMALL)
+    assert allocate(checkpoint, Budget(bits=3.5)).sensitivity == "kl"
 
 
 def test_gradients_equal_those_of_finite_differences(checkpoint: Path, text: Path) -> None:

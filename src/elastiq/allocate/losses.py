@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -131,27 +131,40 @@ def losses(reader: CheckpointReader, table: Table, stored: Stored, name: str | N
 
 def free_sensitivities() -> list[str]:
     """Names of those that the level table is enough for."""
-    return sorted(name for name, step in Step.registry["sensitivity"].items() if not step.needs)
+    return sorted(name for name, step in Step.registry["sensitivity"].items() if step.needs <= {"errors"})
 
 
-def table_evidence(reader: CheckpointReader) -> dict[str, Evidence]:
-    """What the level table says about each matrix; experts of one tensor add up."""
+def table_evidence(reader: CheckpointReader, step: Sensitivity) -> dict[str, Evidence]:
+    """What the level table says about each matrix; experts of one tensor add up. Raises ElastiqError where `step` needs
+    an error that is not known."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in reader.table:
         rows.setdefault(row["tensor"], []).append(row)
     known = all(_is_energy(row.get("energy")) for row in reader.table if row["block"] >= 0)
     result = {}
     for name, members in rows.items():
-        errors = {}
         energies = [float(row["energy"]) if known and _is_energy(row.get("energy")) else 1.0 for row in members]
-        total = sum(energies) or 1.0
-        for level in reader.levels:
-            cells = [row["levels"].get(str(level), {}).get("error") for row in members]
-            if not all(_is_energy(cell) for cell in cells):
-                raise ElastiqError(f"{name}: levels.json has no error at {level} bits; give --sensitivity")
-            errors[level] = sum(e * float(c) for e, c in zip(energies, cells, strict=True)) / total
-        result[name] = Evidence(levels=reader.levels, errors=errors, energy=sum(energies))
+        evidence = Evidence(levels=reader.levels, energy=sum(energies))
+        if "errors" in step.needs:
+            evidence = replace(evidence, errors=_errors(reader, step, name, members, energies))
+        result[name] = evidence
     return result
+
+
+def _errors(
+    reader: CheckpointReader, step: Sensitivity, name: str, rows: list[dict[str, Any]], energies: list[float]
+) -> dict[int, float]:
+    """Relative output error of a matrix, or of all experts of a tensor, at every level."""
+    errors = {}
+    for level in reader.levels:
+        cells = [row["levels"].get(str(level), {}).get("error") for row in rows]
+        if not all(map(_is_energy, cells)):
+            raise ElastiqError(
+                f"sensitivity {step.name}: levels.json has no output error of {name} at {level} bits (tuned scales "
+                f"change it); run elastiq sensitivity {reader.path} --text FILE, whose losses are then used"
+            )
+        errors[level] = sum(e * float(c) for e, c in zip(energies, cells, strict=True)) / (sum(energies) or 1.0)
+    return errors
 
 
 def _pick(reader: CheckpointReader, stored: Stored, name: str | None) -> Measurement:
@@ -168,7 +181,7 @@ def _pick(reader: CheckpointReader, stored: Stored, name: str | None) -> Measure
             f"{reader.path}: {name} was not measured; run elastiq sensitivity {reader.path} --method {name} --text FILE"
         )
     step = cast(Sensitivity, step_from_dict("sensitivity", {"name": name}))
-    groups = tuple(((matrix,), step.measure(evidence)) for matrix, evidence in table_evidence(reader).items())
+    groups = tuple(((matrix,), step.measure(evidence)) for matrix, evidence in table_evidence(reader, step).items())
     return Measurement(step.to_dict(), groups, None, 0.0)
 
 

@@ -43,7 +43,8 @@ def assemble(
     info: dict[str, Any],
     fingerprint: dict[str, Any],
 ) -> None:
-    """Fill the empty directory `result` with a whole checkpoint, durably; arrays in `tuned` replace the units' own."""
+    """Fill the empty directory `result` with a whole checkpoint, durably; arrays in `tuned` replace the units' own,
+    whose errors in the level table are unknown then."""
     manifest = _manifest(units, recipe)
     digests: dict[str, dict[str, Any]] = {}
     sources = [*(unit.path for unit in units), *tuned]
@@ -57,7 +58,7 @@ def assemble(
         CONFIG: {**config, "quantization_config": manifest.to_dict()},
         RECIPE: recipe.to_dict(),
         FINGERPRINT: fingerprint,
-        LEVELS: _level_table(units, manifest, digests, info),
+        LEVELS: _level_table(units, tuned, manifest, digests, info),
         INDEX: index(manifest, base_specs),
     }
     for name, data in documents.items():
@@ -141,9 +142,14 @@ def _write_plane(path: Path, plane: int, manifest: Manifest, sources: list[Path]
 
 
 def _level_table(
-    units: list[Unit], manifest: Manifest, digests: dict[str, dict[str, Any]], info: dict[str, Any]
+    units: list[Unit],
+    tuned: list[Path],
+    manifest: Manifest,
+    digests: dict[str, dict[str, Any]],
+    info: dict[str, Any],
 ) -> dict[str, Any]:
     weights = sum(matrix.num_weights for matrix in manifest.matrices.values())
+    replaced = {name for path in tuned for name in read_header(path)[0]}
     levels = {}
     for level in manifest.levels:
         num_bits = sum(matrix.num_bits(level) for matrix in manifest.matrices.values())
@@ -155,7 +161,16 @@ def _level_table(
         }
     return {
         "format_version": FORMAT_VERSION,
-        "matrices": [row for unit in units for row in unit.rows],
+        "matrices": [_row(row, replaced) for unit in units for row in unit.rows],
         "totals": {"weights": weights, "levels": levels},
         "info": info,
     }
+
+
+def _row(row: dict[str, Any], replaced: set[str]) -> dict[str, Any]:
+    """A row of the level table, without the errors of levels whose scales were replaced."""
+    levels = {
+        level: {**cell, "error": None} if f"{row['tensor']}.scale_{level}" in replaced else cell
+        for level, cell in row["levels"].items()
+    }
+    return {**row, "levels": levels}

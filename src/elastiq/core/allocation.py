@@ -49,7 +49,7 @@ class Evidence:
     """
 
     levels: tuple[int, ...]
-    errors: Mapping[int, float]
+    errors: Mapping[int, float] | None = None
     energy: float = 1.0
     weight: Tensor | None = None
     quantized: Callable[[int], Tensor] | None = None
@@ -62,18 +62,24 @@ class Evidence:
     block_output: Tensor | None = None
     damage: Callable[[int], Damage] | None = None
 
+    def error(self, level: int) -> float:
+        """The relative output error at `level`."""
+        assert self.errors is not None
+        return self.errors[level]
+
     def change(self, level: int) -> Tensor:
         """[out, in] of what reading at `level` changes in the weight."""
         assert self.weight is not None and self.quantized is not None
         return self.quantized(level) - self.weight
 
 
-EVIDENCE = frozenset({"weight", "stats", "gradient", "fisher", "trace", "eigenvalue", "blocks", "damage"})
-"""What a sensitivity may ask for: fields of `Evidence`; `weight` brings `quantized`, `blocks` both ends of a block."""
+EVIDENCE = frozenset({"errors", "weight", "stats", "gradient", "fisher", "trace", "eigenvalue", "blocks", "damage"})
+"""What a sensitivity may ask for: fields of `Evidence`; `weight` brings `quantized`, `blocks` both ends of a block.
+`errors` stand in the level table."""
 
 
 class Sensitivity(Step, slot="sensitivity"):
-    """What a matrix loses at each level. `needs` lists members of EVIDENCE; without any, the level table is enough."""
+    """What a matrix loses at each level. `needs` lists members of EVIDENCE."""
 
     @abstractmethod
     def measure(self, matrix: Evidence) -> dict[int, float]:

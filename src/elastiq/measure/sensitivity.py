@@ -43,8 +43,9 @@ def measure_sensitivity(
     step = _step(method)
     report = progress or (lambda what, done, total: None)
     reader = CheckpointReader(path)
-    if not step.needs:
-        rows = tuple(((name,), step.measure(e)) for name, e in table_evidence(reader).items())
+    known = table_evidence(reader, step)
+    if step.needs <= {"errors"}:
+        rows = tuple(((name,), step.measure(e)) for name, e in known.items())
         return Measurement(step.to_dict(), rows, None, time.perf_counter() - begin)
     if text is None:
         raise ElastiqError(f"sensitivity {step.name}: it runs the model; give a text with --text")
@@ -58,12 +59,12 @@ def measure_sensitivity(
     bench = Bench(path, text, window=window, num_windows=num_windows, device=device)
     stored = _with_uniform(reader, stored, bench, report)
     partial_file = _Partial(reader, description, restart)
-    evidence = gather(bench, table_evidence(reader), bench.blocks, step.needs - {"damage"}, report)
+    evidence = gather(bench, known, bench.blocks, step.needs, report)
     for index, group in enumerate(groups):
         report(f"measuring {step.name}", index, len(groups))
         if group not in partial_file.done:
-            known = replace(evidence[group[0]], damage=partial(_lower, bench, group))
-            partial_file.add(group, step.measure(known), keep="damage" in step.needs)
+            lowered = replace(evidence[group[0]], damage=partial(_lower, bench, group))
+            partial_file.add(group, step.measure(lowered), keep="damage" in step.needs)
     report(f"measuring {step.name}", len(groups), len(groups))
     seconds = partial_file.seconds + time.perf_counter() - begin
     result = Measurement(step.to_dict(), tuple(partial_file.done.items()), bench.text, seconds)

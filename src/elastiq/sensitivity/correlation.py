@@ -19,7 +19,7 @@ class CanonicalCorrelation(Sensitivity, name="correlation"):
     directions: both ends are reduced to so many principal directions first, fewer than there are tokens by far.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"blocks"})
+    needs: ClassVar[frozenset[str]] = frozenset({"errors", "blocks"})
 
     directions: int = 32
 
@@ -28,7 +28,7 @@ class CanonicalCorrelation(Sensitivity, name="correlation"):
         if matrix.block_input is not None and matrix.block_output is not None:
             a, b = self._basis(matrix.block_input), self._basis(matrix.block_output)
             score = 1.0 - float(torch.linalg.svdvals(a.T @ b).clamp(max=1.0).mean())
-        return non_increasing({level: score * matrix.errors[level] for level in matrix.levels})
+        return non_increasing({level: score * matrix.error(level) for level in matrix.levels})
 
     def _basis(self, x: Tensor) -> Tensor:
         """[tokens, directions] orthonormal columns that span the principal directions of x [tokens, hidden]."""

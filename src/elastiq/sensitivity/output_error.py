@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..core import Evidence, Sensitivity, non_increasing
 
@@ -15,5 +16,7 @@ class OutputError(Sensitivity, name="output-error"):
     block's output, which adds over matrices and blocks. Checkpoints without energies count every matrix the same.
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"errors"})
+
     def measure(self, matrix: Evidence) -> dict[int, float]:
-        return non_increasing({level: matrix.errors[level] * matrix.energy for level in matrix.levels})
+        return non_increasing({level: matrix.error(level) * matrix.energy for level in matrix.levels})

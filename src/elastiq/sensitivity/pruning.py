@@ -18,7 +18,7 @@ class PruningSensitivity(Sensitivity, name="pruning"):
     sparsity: share of the weights that is pruned.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"weight", "stats"})
+    needs: ClassVar[frozenset[str]] = frozenset({"errors", "weight", "stats"})
 
     sparsity: float = 0.5
 
@@ -29,4 +29,4 @@ class PruningSensitivity(Sensitivity, name="pruning"):
         threshold = size.flatten().kthvalue(max(1, int(self.sparsity * size.numel()))).values
         moved = torch.where(size <= threshold, matrix.weight, 0.0).square() @ input_energy
         score = float(moved.sum() / (matrix.weight.square() @ input_energy).sum().clamp_min(1e-30))
-        return non_increasing({level: score * matrix.errors[level] for level in matrix.levels})
+        return non_increasing({level: score * matrix.error(level) for level in matrix.levels})

@@ -19,7 +19,7 @@ class SpectralEnergy(Sensitivity, name="spectral-energy"):
     share: part of the singular values that counts as leading.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"weight", "stats"})
+    needs: ClassVar[frozenset[str]] = frozenset({"errors", "weight", "stats"})
 
     share: float = 0.1
 
@@ -30,4 +30,4 @@ class SpectralEnergy(Sensitivity, name="spectral-energy"):
         small = scaled @ scaled.T if scaled.shape[0] < scaled.shape[1] else scaled.T @ scaled
         energies = torch.linalg.eigvalsh(small.double()).clamp_min(0).flip(0)
         score = float(energies[: max(1, round(self.share * len(energies)))].sum())
-        return non_increasing({level: score * matrix.errors[level] for level in matrix.levels})
+        return non_increasing({level: score * matrix.error(level) for level in matrix.levels})

@@ -17,7 +17,7 @@ class ActivationSpikes(Sensitivity, name="spikes"):
     ratio: a spike is a channel whose largest |x| exceeds the median channel's by this factor.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"stats"})
+    needs: ClassVar[frozenset[str]] = frozenset({"errors", "stats"})
 
     ratio: float = 50.0
     weight: float = 100.0
@@ -28,4 +28,4 @@ class ActivationSpikes(Sensitivity, name="spikes"):
             largest = matrix.stats.abs_max
             spiking = bool(largest.max() > self.ratio * largest.median())
         factor = self.weight if spiking else 1.0
-        return non_increasing({level: factor * matrix.errors[level] for level in matrix.levels})
+        return non_increasing({level: factor * matrix.error(level) for level in matrix.levels})
