@@ -9,10 +9,10 @@ namespace {
 
 Matrix matrix_of(nb::handle description) {
   const nb::tuple fields = nb::cast<nb::tuple>(description);
-  return {weight_of(fields[0]), pointer<const float>(nb::cast<uintptr_t>(fields[1]))};
+  return {nb::cast<const Weight&>(fields[0]), pointer<const float>(nb::cast<uintptr_t>(fields[1]))};
 }
 
-// ((norm, norm, query norm, key norm), (query, key, value, out, gate, up, down)), a matrix being (description, bias).
+// ((norm, norm, query norm, key norm), (query, key, value, out, gate, up, down)), a matrix being (handle, bias).
 Block block_of(nb::handle description) {
   const nb::tuple fields = nb::cast<nb::tuple>(description), gains = nb::cast<nb::tuple>(fields[0]),
                   matrices = nb::cast<nb::tuple>(fields[1]);

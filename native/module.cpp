@@ -143,7 +143,7 @@ void product(const std::string& path, const nb::list& matrices, uintptr_t x, int
   std::vector<Output> outputs;
   for (nb::handle row : matrices) {
     const nb::tuple matrix = nb::cast<nb::tuple>(row);
-    weights.push_back(weight_of(matrix[0]));
+    weights.push_back(nb::cast<const Weight&>(matrix[0]));
     outputs.push_back({pointer<void>(nb::cast<uintptr_t>(matrix[1])), pointer<const void>(nb::cast<uintptr_t>(matrix[2]))});
     const Weight &w = weights.back(), &first = weights[0];
     if (w.groups > 1 && w.group_size % kTileInputs) throw std::invalid_argument("groups must be multiples of 32 inputs");
@@ -177,8 +177,7 @@ void product(const std::string& path, const nb::list& matrices, uintptr_t x, int
   f.product(weights.data(), outputs.data(), int(weights.size()), input, activations, threads);
 }
 
-void decode(const std::string& path, const nb::tuple& matrix, uintptr_t rows, int64_t count, uintptr_t values, int dtype, int threads) {
-  const Weight w = weight_of(matrix);
+void decode(const std::string& path, const Weight& w, uintptr_t rows, int64_t count, uintptr_t values, int dtype, int threads) {
   const int64_t* index = pointer<const int64_t>(rows);
   if (dtype < kFloat32 || dtype > kFloat16 || threads < 1) throw std::invalid_argument("a type and threads are needed");
   for (int64_t i = 0; index && i < count; ++i)
@@ -191,6 +190,7 @@ void decode(const std::string& path, const nb::tuple& matrix, uintptr_t rows, in
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::class_<Weight>(m, "Matrix").def("__init__", [](Weight* self, nb::handle description) { new (self) Weight(weight_of(description)); });
   bind_decoder(m);
   m.def("product", &product);
   m.def("decode", &decode);

@@ -202,5 +202,7 @@ def test_an_unknown_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ElastiqError, match="path 'quantum' does not run here; choose one of"):
         native.use("quantum")
     monkeypatch.setenv("ELASTIQ_PATH", "quantum")
+    monkeypatch.setattr(native, "_chosen", None)  # put back at the end
+    native.use(None)
     with pytest.raises(ElastiqError, match="ELASTIQ_PATH='quantum' does not run here"):
         native.current()

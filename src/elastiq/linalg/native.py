@@ -22,7 +22,7 @@ except ImportError:
     logging.getLogger("elastiq").info("compiled loops are absent; plain torch runs instead, several times slower")
 
 _paths: tuple[str, ...] = (*(module.paths() if module else ()), "torch")
-_chosen: str | None = None
+_chosen: str | None = os.environ.get("ELASTIQ_PATH")
 
 
 def paths() -> tuple[str, ...]:
@@ -31,16 +31,16 @@ def paths() -> tuple[str, ...]:
 
 
 def use(path: str | None) -> None:
-    """Run `path` from now on; None returns to the default. Raises ElastiqError if this machine cannot run it."""
+    """Run `path` from now on; None returns to ELASTIQ_PATH or the default. Raises ElastiqError if this machine cannot run it."""
     global _chosen
     if path is not None and path not in _paths:
         raise ElastiqError(f"path {path!r} does not run here; choose one of {', '.join(_paths)}")
-    _chosen = path
+    _chosen = path or os.environ.get("ELASTIQ_PATH")
 
 
 def current() -> str:
     """The path in use: the one chosen by `use`, by ELASTIQ_PATH, or the fastest."""
-    path = _chosen or os.environ.get("ELASTIQ_PATH") or _paths[0]
+    path = _chosen or _paths[0]
     if path not in _paths:
         raise ElastiqError(f"ELASTIQ_PATH={path!r} does not run here; choose one of {', '.join(_paths)}")
     return path

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..kernels.matmul.cpu import DIGITS, described
+from ..kernels.matmul.cpu import DIGITS
 from ..linalg import native
 from .linear import NestedLinear
 from .nested import NestedMatrix
@@ -282,7 +282,7 @@ def _compile(decoder: Any) -> Any:
     blocks = [
         (
             tuple(0 if norm is None else norm.weight.data_ptr() for norm in _norms(block)),
-            tuple((described(m.tiled()), 0 if m.bias is None else m.bias.data_ptr()) for m in _matrices(block)),
+            tuple((m.tiled().handle, 0 if m.bias is None else m.bias.data_ptr()) for m in _matrices(block)),
         )
         for block in decoder.layers
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,7 @@ class NestedMatrix(nn.Module):
         self.stored = stored
         self._planes = 0
         self._bits = 0
+        self._tiled: tuple[list[Tensor | None], TiledWeight] | None = None
         self._sizes = stored.out_features, stored.in_features, stored.group_size
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
 
@@ -62,8 +64,9 @@ class NestedMatrix(nn.Module):
         self._bits = bits
         NestedMatrix.changes += 1
         level = self.stored.scale_level(bits)
-        planes = tuple(plane_array(plane) for plane in range(1, bits + 1))
-        self._names = planes, f"scale_{level}", f"zero_point_{level}", level
+        planes = [plane_array(plane) for plane in range(1, bits + 1)]
+        self._names = (*planes, f"scale_{level}", f"zero_point_{level}"), level
+        self._tiled = None
 
     def hold(self, arrays: dict[str, Tensor]) -> None:
         """Take the arrays of the next plane. Raises ElastiqError if they are not exactly those of that plane."""
@@ -112,9 +115,21 @@ class NestedMatrix(nn.Module):
 
     def tiled(self) -> TiledWeight:
         """The matrix at `bits` as products read it; its arrays are those held here."""
-        buffers, (planes, scale, zero_point, level) = cast(dict[str, Tensor], self._buffers), self._names
-        arrays = [buffers[name] for name in planes]
-        return TiledWeight(arrays, buffers[scale], buffers.get(zero_point), level, *self._sizes)
+        buffers, (names, level) = cast(dict[str, Tensor], self._buffers), self._names
+        held = self._tiled
+        if torch.compiler.is_compiling() or held is None or not all(map(is_, map(buffers.get, names), held[0])):
+            arrays = [buffers.get(name) for name in names]
+            *planes, scale, zero_point = arrays
+            weight = TiledWeight(cast(list[Tensor], planes), cast(Tensor, scale), zero_point, level, *self._sizes)
+            if torch.compiler.is_compiling():
+                return weight
+            held = self._tiled = arrays, weight
+        return held[1]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            NestedMatrix.changes += 1
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves between devices apply to scales and zero points, changes of dtype do not."""
@@ -127,6 +142,7 @@ class NestedMatrix(nn.Module):
             return fn(tensor)
 
         NestedMatrix.changes += 1
+        self._tiled = None  # some moves leave the tensors and change where they lie
         return super()._apply(keep_half, recurse)
 
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ Activations are fixed point per group ("int16": two bytes, relative error about 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -35,7 +36,6 @@ def decode(path: str, weight: TiledWeight, rows: Tensor | None = None, dtype: to
 
     Raises IndexError for rows that the matrix does not have.
     """
-    weight.check()
     count = weight.out_features
     if rows is not None:
         rows = rows.to(torch.int64).contiguous()
@@ -44,7 +44,7 @@ def decode(path: str, weight: TiledWeight, rows: Tensor | None = None, dtype: to
     if count == 0:
         return values
     native.module.decode(  # type: ignore[union-attr]
-        path, described(weight), 0 if rows is None else rows.data_ptr(), count, values.data_ptr(),
+        path, weight.handle, 0 if rows is None else rows.data_ptr(), count, values.data_ptr(),
         DTYPES[dtype], torch.get_num_threads(),
     )  # fmt: skip
     return values
@@ -64,29 +64,27 @@ def matmul_shared(
     path: str, x: Tensor, weights: Sequence[TiledWeight], biases: Sequence[Tensor | None], activations: str = "int16"
 ) -> list[Tensor]:
     """One product for each of several matrices that read the same inputs in the same groups, in one call."""
-    digits = DIGITS.get(activations)
+    digits, dtype = DIGITS.get(activations), DTYPES.get(x.dtype)
     if digits is None:
         raise ElastiqError(f"matmul: activations are {', '.join(DIGITS)}, not {activations!r}")
-    first = weights[0]
     *lead, width = x.shape
-    if width != first.in_features or x.dtype not in DTYPES:
+    if width != weights[0].in_features or dtype is None:
         raise ElastiqError(
-            f"matmul: x is {x.dtype} {list(x.shape)}; {first.in_features} inputs in 16- or 32-bit floats are needed"
+            f"matmul: x is {x.dtype} {list(x.shape)}; {weights[0].in_features} inputs in 16- or 32-bit floats are needed"
         )
-    tokens = x.numel() // width
-    if not first.whole_tiles or (tokens > MAX_TOKENS and (path != "amx" or digits == 0)):
+    tokens = math.prod(lead)
+    if not weights[0].whole_tiles or (tokens > MAX_TOKENS and (path != "amx" or digits == 0)):
         return [_decoded(path, x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     x = x.contiguous()
     results, matrices = [], []
     for weight, bias in zip(weights, biases, strict=True):
-        weight.check()
         if bias is not None:
             bias = _fitting(bias, weight, x.dtype)
-        result = torch.empty((*lead, weight.out_features), dtype=x.dtype)
-        matrices.append((described(weight), result.data_ptr(), 0 if bias is None else bias.data_ptr(), bias))
+        result = x.new_empty((*lead, weight.out_features))
+        matrices.append((weight.handle, result.data_ptr(), 0 if bias is None else bias.data_ptr(), bias))
         results.append(result)
     native.module.product(  # type: ignore[union-attr]
-        path, matrices, x.data_ptr(), DTYPES[x.dtype], tokens, digits, torch.get_num_threads()
+        path, matrices, x.data_ptr(), dtype, tokens, digits, torch.get_num_threads()
     )
     return results
 
@@ -102,13 +100,6 @@ def _fitting(bias: Tensor, weight: TiledWeight, dtype: torch.dtype) -> Tensor:
     if bias.numel() != weight.out_features:
         raise ElastiqError(f"matmul: a bias has {bias.numel()} numbers, the matrix {weight.out_features} rows")
     return bias.to(dtype).contiguous()
-
-
-def described(weight: TiledWeight) -> tuple[object, ...]:
-    """A checked weight as compiled code takes it: addresses, so the weight's arrays must outlive their use."""
-    zero_point = weight.zero_point
-    pointers = tuple([plane.data_ptr() for plane in weight.planes])
-    return pointers, weight.scale.data_ptr(), 0 if zero_point is None else zero_point.data_ptr(), *weight[3:]
 
 
 @cache

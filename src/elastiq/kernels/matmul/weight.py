@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...core import ElastiqError
+from ...linalg import native
 from .tiles import INPUTS, ROWS
 
 
-class TiledWeight(NamedTuple):
-    """The first planes of a matrix [out_features, in_features] in tile order, with the scales of one level.
-
-    planes: uint8 [blocks, tiles, 16, 4], most significant first; their number is the width read.
-    scale, zero_point: float16 [blocks, groups, 16] of `level`, from which the width's own are derived; no zero point
-    means the middle of the range. group_size: inputs per scale.
-    """
-
+class _Fields(NamedTuple):
     planes: Sequence[Tensor]
     scale: Tensor
     zero_point: Tensor | None
@@ -27,6 +22,15 @@ class TiledWeight(NamedTuple):
     out_features: int
     in_features: int
     group_size: int
+
+
+class TiledWeight(_Fields):
+    """The first planes of a matrix [out_features, in_features] in tile order, with the scales of one level.
+
+    planes: uint8 [blocks, tiles, 16, 4], most significant first; their number is the width read.
+    scale, zero_point: float16 [blocks, groups, 16] of `level`, from which the width's own are derived; no zero point
+    means the middle of the range. group_size: inputs per scale.
+    """
 
     @property
     def bits(self) -> int:
@@ -36,6 +40,20 @@ class TiledWeight(NamedTuple):
     def whole_tiles(self) -> bool:
         """Whether no tile crosses from one group to the next."""
         return self.group_size % INPUTS == 0 or self.group_size >= self.in_features
+
+    @cached_property
+    def handle(self) -> Any:
+        """The matrix as compiled code takes it: addresses, so the arrays must outlive its use.
+
+        Made once, after `check`; a copy or a pickle makes its own.
+        """
+        self.check()
+        zero_point = 0 if self.zero_point is None else self.zero_point.data_ptr()
+        planes = tuple([plane.data_ptr() for plane in self.planes])
+        return native.module.Matrix((planes, self.scale.data_ptr(), zero_point, *self[3:]))  # type: ignore[union-attr]
+
+    def __getstate__(self) -> None:
+        return None
 
     def check(self) -> None:
         """Raise ElastiqError unless every array has exactly the type, size and place that compiled code will read."""
