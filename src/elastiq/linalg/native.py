@@ -31,7 +31,10 @@ def paths() -> tuple[str, ...]:
 
 
 def use(path: str | None) -> None:
-    """Run `path` from now on; None returns to ELASTIQ_PATH or the default. Raises ElastiqError if this machine cannot run it."""
+    """Run `path` from now on; None returns to ELASTIQ_PATH or the default.
+
+    Raises ElastiqError if this machine cannot run it.
+    """
     global _chosen
     if path is not None and path not in _paths:
         raise ElastiqError(f"path {path!r} does not run here; choose one of {', '.join(_paths)}")

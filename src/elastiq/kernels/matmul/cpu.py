@@ -70,7 +70,8 @@ def matmul_shared(
     *lead, width = x.shape
     if width != weights[0].in_features or dtype is None:
         raise ElastiqError(
-            f"matmul: x is {x.dtype} {list(x.shape)}; {weights[0].in_features} inputs in 16- or 32-bit floats are needed"
+            f"matmul: x is {x.dtype} {list(x.shape)}; {weights[0].in_features} inputs in 16- or 32-bit floats are "
+            "needed"
         )
     tokens = math.prod(lead)
     if not weights[0].whole_tiles or (tokens > MAX_TOKENS and (path != "amx" or digits == 0)):
