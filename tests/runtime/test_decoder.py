@@ -148,6 +148,21 @@ def test_a_changed_model_is_compiled_anew(llama: Any) -> None:
     assert close(logits(llama), reference(llama))
 
 
+def test_planes_exchanged_or_moved_are_noticed(llama: Any, checkpoints: Any) -> None:
+    other = elastiq.load(checkpoints("llama"), bits=8)
+    before = logits(llama)
+    with torch.no_grad():
+        for norm in (module for module in other.modules() if type(module).__name__.endswith("Norm")):
+            norm.weight.mul_(1.5)
+        other.model.layers[0].mlp.gate_proj.weight.bitwise_not_()
+    llama.load_state_dict(other.state_dict(), assign=True)
+    after = logits(llama)
+    assert close(after, reference(llama)) and not close(after, before)
+    first = step(llama)
+    llama.model.layers[1].self_attn.q_proj.weight.share_memory_()
+    assert close(logits(llama), after) and step(llama) is not first
+
+
 def test_hooks_and_strange_modules_are_called(llama: Any) -> None:
     expected = logits(llama)
     seen = []

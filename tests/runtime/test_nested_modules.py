@@ -130,6 +130,38 @@ def test_experts() -> None:
             assert torch.equal(module[index], weights[expert].dequantize(4).half())
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_planes_may_be_exchanged_and_moved(symmetric: bool) -> None:
+    """What a product keeps of its matrix never outlives the arrays it was made from."""
+    stored = StoredMatrix("m", "linear", (48, 128), 32, LEVELS, symmetric)
+    (module, first), (other, second) = [
+        (NestedLinear(stored, None, torch.float32), random_weight((48, 128), LEVELS, 32, symmetric, seed))
+        for seed in (0, 1)
+    ]
+    for nested, weight in ((module, first), (other, second)):
+        hold(nested, [weight], 8)
+        nested.bits = 6
+    x = torch.randn(3, 128)
+
+    def reads(weight: QuantizedWeight) -> bool:
+        expected = F.linear(x, weight.dequantize(6))
+        return bool((module(x) - expected).norm() < 1e-3 * expected.norm())
+
+    assert reads(first) and module.tiled() is module.tiled()
+    module.load_state_dict(other.state_dict(), assign=True)
+    assert reads(second)
+    module.load_state_dict({name: array.clone() for name, array in module.state_dict().items()}, assign=True)
+    other.weight.zero_()
+    assert reads(second)
+    for name, array in module.named_buffers():
+        array.data = array.clone()
+        assert reads(second), name
+        array.share_memory_()
+        assert reads(second), name
+    module.weight.data = 255 - module.weight
+    assert not reads(second)
+
+
 def test_widths_and_planes() -> None:
     module, _ = linear(planes=3)
     assert (module.bits, module.max_bits) == (3, 3)

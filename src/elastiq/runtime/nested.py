@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import is_
 from typing import Any, cast
 
 import torch
@@ -34,7 +33,7 @@ class NestedMatrix(nn.Module):
         self.stored = stored
         self._planes = 0
         self._bits = 0
-        self._tiled: tuple[list[Tensor | None], TiledWeight] | None = None
+        self._tiled: tuple[list[int], TiledWeight] | None = None
         self._sizes = stored.out_features, stored.in_features, stored.group_size
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
 
@@ -65,7 +64,8 @@ class NestedMatrix(nn.Module):
         NestedMatrix.changes += 1
         level = self.stored.scale_level(bits)
         planes = [plane_array(plane) for plane in range(1, bits + 1)]
-        self._names = (*planes, f"scale_{level}", f"zero_point_{level}"), level
+        self._names = (*planes, *self.stored.scale_arrays(level))
+        self._level = level
         self._tiled = None
 
     def hold(self, arrays: dict[str, Tensor]) -> None:
@@ -109,22 +109,23 @@ class NestedMatrix(nn.Module):
 
     def read_arrays(self) -> list[Tensor]:
         """The arrays that reading at `bits` touches."""
-        names = [plane_array(plane) for plane in range(1, self._bits + 1)]
-        names += self.stored.scale_arrays(self.stored.scale_level(self._bits))
-        return [self.get_buffer(name) for name in names]
+        return [self.get_buffer(name) for name in self._names]
 
     def tiled(self) -> TiledWeight:
         """The matrix at `bits` as products read it; its arrays are those held here."""
-        buffers, (names, level) = cast(dict[str, Tensor], self._buffers), self._names
-        held = self._tiled
-        if torch.compiler.is_compiling() or held is None or not all(map(is_, map(buffers.get, names), held[0])):
-            arrays = [buffers.get(name) for name in names]
-            *planes, scale, zero_point = arrays
-            weight = TiledWeight(cast(list[Tensor], planes), cast(Tensor, scale), zero_point, level, *self._sizes)
-            if torch.compiler.is_compiling():
-                return weight
-            held = self._tiled = arrays, weight
+        buffers, held = cast(dict[str, Tensor], self._buffers), self._tiled
+        arrays = [buffers[name] for name in self._names]
+        if torch.compiler.is_compiling():
+            return self._describe(arrays)
+        # Assigned state, shared memory and the like move planes without a word to this module.
+        addresses = list(map(Tensor.data_ptr, arrays))
+        if held is None or held[0] != addresses:
+            held = self._tiled = addresses, self._describe([array.detach() for array in arrays])
         return held[1]
+
+    def _describe(self, arrays: list[Tensor]) -> TiledWeight:
+        planes, scale, *zero_point = arrays[: self._bits], *arrays[self._bits :]
+        return TiledWeight(planes, scale, zero_point[0] if zero_point else None, self._level, *self._sizes)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor):
