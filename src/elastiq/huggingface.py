@@ -139,10 +139,13 @@ def _widths(manifest: Manifest, bits: Widths | None, where: str) -> dict[str, in
     """Width of every matrix. Raises ElastiqError for a name or a width that the checkpoint does not have."""
     widest = manifest.widths[-1]
     widths = dict.fromkeys(manifest.matrices, bits if isinstance(bits, int) else widest)
-    widths |= bits if isinstance(bits, Mapping) else {}
-    for name, width in widths.items():
+    for name, width in (bits if isinstance(bits, Mapping) else {}).items():
         if name not in manifest.matrices:
             raise ElastiqError(f"{name}: no quantized matrix of {where} has this name; see modules in config.json")
+        if isinstance(width, str):
+            raise ElastiqError(f"{name}: widths of rows or experts are not loaded by transformers; use elastiq.load")
+        widths[name] = width
+    for width in widths.values():
         if width not in manifest.widths:
             given = ", ".join(map(str, manifest.widths))
             raise ElastiqError(f"{where}: it can be read at {given} bits, not {width}; ask for one of these")

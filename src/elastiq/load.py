@@ -17,15 +17,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from .allocate import Budget, Table, allocate, parse_bytes, read_map
 from .checkpoint import CheckpointReader
-from .core import ElastiqError, LevelMap
-from .runtime import NestedMatrix, accelerate, bits_per_weight, bytes_in_memory, nested_matrices, swap
+from .core import ElastiqError, LevelMap, Width, widest
+from .runtime import (
+    MixedMatrix,
+    NestedMatrix,
+    accelerate,
+    bits_per_weight,
+    bytes_in_memory,
+    nested_matrices,
+    rearrange,
+    swap,
+)
 
 __all__ = ["bits_per_weight", "bytes_in_memory", "load", "set_bits"]
 
 log = logging.getLogger("elastiq")
 
-Widths = int | float | str | Path | Mapping[str, int] | LevelMap
-"""One width, a mean width (a fraction), the file of a level map, or a width by matrix name."""
+Widths = int | float | str | Path | Mapping[str, Width] | LevelMap
+"""One width, a mean width (a fraction), the file of a level map, or a width (or one for every row) by matrix name."""
 
 _READER = "elastiq"
 """Attribute of a loaded model that holds its CheckpointReader."""
@@ -46,8 +55,9 @@ def load(
     bits: one width; a mean width such as 3.37, which `allocate` turns into a level map; a level map or its file; or
     {matrix name: width} with the rest at the widest. None is the widest the directory gives. memory: instead of
     `bits`, what the model may take in all, in bytes or as "1.2GB"; the best map within it is taken.
-    max_bits: planes to hold, for `set_bits` without reading again; None holds what is read. dtype: of what is not
-    quantized and of the computation; None is float32 on a CPU (whose float16 is slow), else the dtype of config.json.
+    max_bits: planes to hold, for `set_bits` without reading again; None holds what is read (as do matrices whose rows
+    or experts have widths of their own). dtype: of what is not quantized and of the computation; None is float32 on a
+    CPU (whose float16 is slow), else the dtype of config.json.
     verify: compare every file that is read with its checksum first.
 
     Raises ElastiqError for a damaged or foreign directory and for a width it cannot give.
@@ -63,10 +73,11 @@ def load(
         widths = _within_memory(reader, model, memory, bits, max_bits)
     else:
         widths = _widths(reader, matrices, bits if bits is not None else reader.available[-1])
-    widths = dict.fromkeys(matrices, reader.available[-1]) | widths
+    widths = dict[str, Width](dict.fromkeys(matrices, reader.available[-1])) | widths
     if max_bits is not None:
         reader.require(max_bits)
-    _hold(reader, matrices, {name: max(width, max_bits or 0) for name, width in widths.items()})
+    _rearrange(model, matrices, widths)
+    _hold(reader, matrices, {name: max(widest(width), max_bits or 0) for name, width in widths.items()})
     for name, matrix_module in matrices.items():
         matrix_module.bits = widths[name]
     _assign_base(model, reader)
@@ -97,7 +108,8 @@ def set_bits(model: PreTrainedModel, bits: Widths) -> None:
         _set_held(matrices, bits)
         return
     widths = _widths(reader, matrices, bits)
-    missing = {name: width for name, width in widths.items() if width > matrices[name].max_bits}
+    _rearrange(model, matrices, widths)
+    missing = {name: most for name, width in widths.items() if (most := widest(width)) > matrices[name].max_bits}
     if missing:
         first = min(matrices[name].max_bits for name in missing) + 1
         size = _hold(reader, matrices, missing)
@@ -113,7 +125,9 @@ def _set_held(matrices: Mapping[str, NestedMatrix], bits: Widths) -> None:
     """Set widths of a model that has no directory behind it (`save_pretrained` wrote it), all or none."""
     if isinstance(bits, float):
         raise ElastiqError("set_bits: a mean width needs the checkpoint's level table; give a level map")
-    widths = dict.fromkeys(matrices, bits) if isinstance(bits, int) else _given(bits)
+    widths = dict[str, Width](dict.fromkeys(matrices, bits)) if isinstance(bits, int) else _given(bits)
+    if name := next((name for name, width in widths.items() if isinstance(width, str)), None):
+        raise ElastiqError(f"{name}: widths of rows or experts are read from a checkpoint; use elastiq.load on one")
     before = {name: matrix.bits for name, matrix in matrices.items()}
     try:
         for name, width in widths.items():
@@ -128,7 +142,7 @@ def _set_held(matrices: Mapping[str, NestedMatrix], bits: Widths) -> None:
 
 def _within_memory(
     reader: CheckpointReader, model: nn.Module, memory: str | int, bits: Widths | None, max_bits: int | None
-) -> dict[str, int]:
+) -> dict[str, Width]:
     """Widths of the best map that fits, everything counted as this model holds it. Its planes are not read yet."""
     if bits is not None or max_bits is not None:
         raise ElastiqError("memory decides the widths and the planes held; give no bits or max_bits beside it")
@@ -137,23 +151,31 @@ def _within_memory(
     return dict(found.level_map.widths)
 
 
-def _widths(reader: CheckpointReader, matrices: Mapping[str, NestedMatrix], bits: Widths) -> dict[str, int]:
-    widths = map_widths(reader, bits) if not isinstance(bits, int) else dict.fromkeys(matrices, bits)
+def _rearrange(model: nn.Module, matrices: dict[str, NestedMatrix], widths: Mapping[str, Width]) -> None:
+    """Other modules for matrices whose rows or experts get widths of their own, or had them."""
     for name, width in widths.items():
-        if name not in matrices:
-            raise reader.unknown(name)
-        reader.require(width)
+        mixed = isinstance(width, str) or isinstance(matrices[name], MixedMatrix)
+        if mixed and width != matrices[name].bits:
+            matrices[name] = rearrange(model, name, width)
+
+
+def _widths(reader: CheckpointReader, matrices: Mapping[str, NestedMatrix], bits: Widths) -> dict[str, Width]:
+    widths = map_widths(reader, bits) if not isinstance(bits, int) else dict[str, Width](dict.fromkeys(matrices, bits))
+    for name, width in widths.items():
+        reader.require_for(name, width)
     return widths
 
 
-def map_widths(reader: CheckpointReader, bits: float | str | Path | Mapping[str, int] | LevelMap) -> dict[str, int]:
+def map_widths(
+    reader: CheckpointReader, bits: float | str | Path | Mapping[str, Width] | LevelMap
+) -> dict[str, Width]:
     """{matrix name: width} of anything but a uniform width."""
     if isinstance(bits, float):
         return dict(allocate(reader, Budget(bits=bits)).level_map.widths)
     return _given(bits)
 
 
-def _given(bits: str | Path | Mapping[str, int] | LevelMap) -> dict[str, int]:
+def _given(bits: str | Path | Mapping[str, Width] | LevelMap) -> dict[str, Width]:
     """{matrix name: width} of a level map, its file, or the widths themselves."""
     if isinstance(bits, Mapping):
         return dict(bits)

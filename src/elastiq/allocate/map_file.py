@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checkpoint import CheckpointReader
 from ..checkpoint.files import json_bytes, read_json, replace_durably, write_durably
-from ..core import ElastiqError, LevelMap
+from ..core import ElastiqError, LevelMap, Width
 
 _VERSION = 1
 _KIND = "elastiq level map"
@@ -48,11 +48,9 @@ def read_map(path: str | Path) -> LevelMap:
     return LevelMap(data["widths"], data.get("facts", {}))
 
 
-def complete(reader: CheckpointReader, widths: Mapping[str, int]) -> dict[str, int]:
+def complete(reader: CheckpointReader, widths: Mapping[str, Width]) -> dict[str, Width]:
     """`widths` for every matrix of the checkpoint, those not named at the widest. Raises ElastiqError for a name or a
     width the checkpoint does not have."""
     for name, width in widths.items():
-        if name not in reader.manifest.matrices:
-            raise reader.unknown(name)
-        reader.require(width)
-    return dict.fromkeys(reader.manifest.matrices, reader.available[-1]) | dict(widths)
+        reader.require_for(name, width)
+    return dict[str, Width].fromkeys(reader.manifest.matrices, reader.available[-1]) | dict(widths)

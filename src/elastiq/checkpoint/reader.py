@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ..core import ElastiqError, Recipe
+from ..core import ElastiqError, Recipe, Width, width_counts
 from ..runtime.stored import ArraySpec, readable_widths
 from .files import read_json, sha256
 from .manifest import Manifest
@@ -110,6 +110,21 @@ class CheckpointReader:
         if bits in self.manifest.widths:
             remedy = f"copy {', '.join(map(plane_file, missing))} beside the others for more"
         raise ElastiqError(f"{self.path}: it can be read at {_listed(self.available)} bits, not {bits}; {remedy}")
+
+    def require_for(self, name: str, width: Width) -> None:
+        """`require` for every width in which a matrix is read. Raises ElastiqError too for an unknown matrix, and where
+        widths of rows or experts are not as many as these."""
+        if name not in self.manifest.matrices:
+            raise self.unknown(name)
+        matrix = self.manifest.matrices[name]
+        if isinstance(width, str) and (matrix.role == "embedding" or len(width) != matrix.members):
+            members = "experts" if matrix.role == "expert" else "rows"
+            raise ElastiqError(
+                f"{name}: {len(width)} widths were given for {matrix.role} {list(matrix.shape)}; give one for the whole"
+                + ("" if matrix.role == "embedding" else f", or one digit for each of its {matrix.members} {members}")
+            )
+        for bits in width_counts(width, 1):
+            self.require(bits)
 
     def base(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of everything that is not quantized."""

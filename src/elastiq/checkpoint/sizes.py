@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..core import Width, widest, width_counts
 from ..kernels.matmul.tiles import INPUTS, ROWS
 from ..runtime.stored import StoredMatrix
 from .names import BASE, MADE_LATER, plane_file
@@ -19,11 +20,11 @@ def level_sizes(reader: CheckpointReader, widths: Sequence[int]) -> dict[int, di
     return {bits: map_sizes(reader, dict.fromkeys(reader.manifest.matrices, bits)) for bits in widths}
 
 
-def map_sizes(reader: CheckpointReader, widths: Mapping[str, int]) -> dict[str, Any]:
+def map_sizes(reader: CheckpointReader, widths: Mapping[str, Width]) -> dict[str, Any]:
     """What a checkpoint takes whose matrices are read at `widths`: mean_bits, bits_per_weight, bytes_in_memory,
     bytes_on_disk (the directory's files less the planes that no matrix reads)."""
     files = checkpoint_files(reader)
-    unread = range(max(widths.values()) + 1, reader.planes + 1)
+    unread = range(max(map(widest, widths.values())) + 1, reader.planes + 1)
     return {
         "mean_bits": map_mean_bits(reader, widths),
         "bits_per_weight": map_bits_per_weight(reader, widths),
@@ -32,26 +33,33 @@ def map_sizes(reader: CheckpointReader, widths: Mapping[str, int]) -> dict[str, 
     }
 
 
-def map_mean_bits(reader: CheckpointReader, widths: Mapping[str, int]) -> float:
+def map_mean_bits(reader: CheckpointReader, widths: Mapping[str, Width]) -> float:
     """Mean code width over the quantized weights."""
-    matrices = reader.manifest.matrices
-    return sum(m.num_weights * widths[name] for name, m in matrices.items()) / _weights(reader)
+    total = 0
+    for name, matrix in reader.manifest.matrices.items():
+        counts = width_counts(widths[name], matrix.members)
+        total += sum(matrix.num_weights * bits * count // matrix.members for bits, count in counts.items())
+    return total / _weights(reader)
 
 
-def map_bits_per_weight(reader: CheckpointReader, widths: Mapping[str, int]) -> float:
+def map_bits_per_weight(reader: CheckpointReader, widths: Mapping[str, Width]) -> float:
     """Stored bits that are read per quantized weight: planes, and scales and zero points of the active level."""
     matrices = reader.manifest.matrices
     return sum(m.num_bits(widths[name]) for name, m in matrices.items()) / _weights(reader)
 
 
-def map_bytes(reader: CheckpointReader, widths: Mapping[str, int]) -> int:
+def map_bytes(reader: CheckpointReader, widths: Mapping[str, Width]) -> int:
     """Bytes a model loaded at `widths` holds, in the precision it is stored in: planes with the scales that travel
     with them, embeddings, norms and everything else in 16 bits."""
     return base_bytes(reader) + sum(held_bytes(m, widths[name]) for name, m in reader.manifest.matrices.items())
 
 
-def held_bytes(matrix: StoredMatrix, bits: int) -> int:
-    """Bytes of the first `bits` planes of a matrix with their scales, as a model holds them: in whole tiles."""
+def held_bytes(matrix: StoredMatrix, bits: Width) -> int:
+    """Bytes of the first `bits` planes of a matrix with their scales, as a model holds them: in whole tiles. Rows or
+    experts of one width are held together, and 4 bytes for each that say where."""
+    if isinstance(bits, str):
+        counts = width_counts(bits, matrix.members)
+        return 4 * len(bits) + sum(held_bytes(matrix.some(count), width) for width, count in counts.items())
     specs = [spec for plane in range(1, bits + 1) for spec in matrix.arrays(plane).values()]
     count = 0
     for dtype, (*experts, rows, columns) in specs:

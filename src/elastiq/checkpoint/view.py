@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import derive
+from ..core import ElastiqError, Width, derive
 from ..linalg import unpack_planes
 from ..runtime.stored import StoredMatrix, plane_array
 from .reader import CheckpointReader
@@ -46,11 +46,16 @@ class View:
     Raises ElastiqError for a matrix or a width that the checkpoint does not have.
     """
 
-    def __init__(self, reader: CheckpointReader, bits: int | Mapping[str, int] | None) -> None:
+    def __init__(self, reader: CheckpointReader, bits: int | Mapping[str, Width] | None) -> None:
         self.reader = reader
         names = reader.manifest.matrices
         widths = dict.fromkeys(names, bits if isinstance(bits, int) else reader.available[-1])
         for name, width in (bits if isinstance(bits, Mapping) else {}).items():
+            if isinstance(width, str):
+                raise ElastiqError(
+                    f"{name}: its rows or experts have widths of their own, which no other format takes; export a map "
+                    "with a width for each matrix (elastiq allocate without --rows or --untie)"
+                )
             if name not in names:
                 raise reader.unknown(name)
             widths[name] = width

@@ -13,7 +13,7 @@ from .allocation import (
 )
 from .error import ElastiqError
 from .grid import MAX_BITS, MIN_SCALE, Grid, derive, to_half
-from .level_map import LevelMap
+from .level_map import LevelMap, Width, widest, width_counts
 from .recipe import Recipe
 from .site import Site
 from .stats import Stats
@@ -47,8 +47,11 @@ __all__ = [
     "Term",
     "Tuned",
     "Tuner",
+    "Width",
     "derive",
     "non_increasing",
     "step_from_dict",
     "to_half",
+    "widest",
+    "width_counts",
 ]

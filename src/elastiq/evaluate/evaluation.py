@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..allocate import complete
 from ..checkpoint import CheckpointReader
 from ..checkpoint.sizes import full_bytes, map_mean_bits, map_sizes
-from ..core import ElastiqError, LevelMap
+from ..core import ElastiqError, LevelMap, Width, widest
 from ..load import load, map_widths, set_bits
 from ..models import ModelSource, give_back_memory
 from .card import write_card
@@ -60,8 +60,8 @@ def evaluate(
     targets = width_maps(reader, bits)
     content = read_text(text)
     ids = windows(content, load_tokenizer(path), window, num_windows, Path(text).name)
-    widest = max(width for widths in targets.values() for width in widths.values())
-    model = load(path, widest, device=device, dtype=dtype)
+    most = max(widest(width) for widths in targets.values() for width in widths.values())
+    model = load(path, most, device=device, dtype=dtype)
     _check_context(model, window)
     full = None if against is None else load_full(against, revision, device, dtype)
     scores, full_scores = _measure(model, full, targets, ids.to(device), progress)
@@ -96,7 +96,7 @@ def load_full(model: str | Path, revision: str | None, device: str, dtype: torch
 def _measure(
     model: PreTrainedModel,
     full: PreTrainedModel | None,
-    maps: Mapping[float, Mapping[str, int]],
+    maps: Mapping[float, Mapping[str, Width]],
     ids: Tensor,
     progress: Callable[[str, int, int], None] | None,
 ) -> tuple[dict[float, Scores], Scores]:
@@ -133,13 +133,13 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
 
 
-def width_maps(reader: CheckpointReader, bits: Sequence[float | LevelMap] | None) -> dict[float, dict[str, int]]:
+def width_maps(reader: CheckpointReader, bits: Sequence[float | LevelMap] | None) -> dict[float, dict[str, Width]]:
     """Widths of the matrices by what stands for them in the result: a width, or a mean width."""
-    targets: dict[float, dict[str, int]] = {}
+    targets: dict[float, dict[str, Width]] = {}
     for wanted in reader.levels if bits is None else bits:
         if isinstance(wanted, int):
             reader.require(wanted)
-            targets[wanted] = dict.fromkeys(reader.manifest.matrices, wanted)
+            targets[wanted] = dict[str, Width](dict.fromkeys(reader.manifest.matrices, wanted))
         else:
             widths = complete(reader, map_widths(reader, wanted))
             targets[round(map_mean_bits(reader, widths), 4) if isinstance(wanted, LevelMap) else wanted] = widths

@@ -16,7 +16,7 @@ from ..checkpoint import CheckpointReader
 from ..checkpoint.files import MAX_JSON, sha256
 from ..checkpoint.names import TASKS
 from ..checkpoint.sizes import map_sizes
-from ..core import ElastiqError, LevelMap
+from ..core import ElastiqError, LevelMap, widest
 from ..load import load, set_bits
 from .card import write_card
 from .evaluation import load_full, width_maps
@@ -92,8 +92,8 @@ def evaluate_tasks(
             assert against is not None
             model = load_full(against, revision, device, dtype)
         elif b is not None:
-            widest = max(width for widths in targets.values() for width in widths.values())
-            model = model or load(path, widest, device=device, dtype=dtype)
+            most = max(widest(width) for widths in targets.values() for width in widths.values())
+            model = model or load(path, most, device=device, dtype=dtype)
             set_bits(model, targets[b])
         metrics = _run(harness, spec, model, tokenizer, limit, batch_size)
         kept[key] = {"task": spec["name"], "items": spec["items"], "bits": b, "metrics": metrics}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoint import CheckpointReader
-from ..core import Damage
+from ..core import Damage, Width
 from ..evaluate import load_full, load_tokenizer, read_text, windows
 from ..load import load
 from ..runtime import NestedLinear, NestedMatrix, nested_matrices
@@ -59,7 +59,7 @@ class Bench:
         self.ids = ids.to(device)
         self.model: nn.Module = load(path, device=device, dtype=torch.float32)
         self.nested = nested_matrices(self.model)
-        self._widest = {name: matrix.bits for name, matrix in self.nested.items()}
+        self._widest: dict[str, Width] = {name: matrix.bits for name, matrix in self.nested.items()}
         self._current = dict(self._widest)
         for name, matrix in self.nested.items():
             self._make_dense(name, matrix)
@@ -75,8 +75,15 @@ class Bench:
             return self.model.get_parameter(f"{name}.weight")
         return self.model.get_parameter(name) if matrix.stored.role == "expert" else None
 
-    def decode(self, name: str, bits: int) -> Tensor:
+    def decode(self, name: str, bits: Width) -> Tensor:
         """float32 values at a width, in the shape that is stored."""
+        if isinstance(bits, str):
+            digits = torch.tensor([int(digit) for digit in bits])
+            mixed = self.decode(name, int(digits[0]))
+            for width in digits.unique().tolist():
+                members = digits == width
+                mixed[members] = self.decode(name, width)[members]
+            return mixed
         matrix = self.nested[name]
         before, matrix.bits = matrix.bits, bits
         try:
@@ -84,7 +91,7 @@ class Bench:
         finally:
             matrix.bits = before
 
-    def damage(self, widths: Mapping[str, int]) -> Damage:
+    def damage(self, widths: Mapping[str, Width]) -> Damage:
         """What reading the matrices of `widths` so, and all others at the widest, does to the predictions."""
         reference, reference_nll = self.reference
         changed = {name: bits for name, bits in widths.items() if bits != self._widest[name]}
@@ -122,7 +129,7 @@ class Bench:
             kept = torch.stack([F.log_softmax(part, dim=-1) for part in logits])
             return kept, -float(kept.gather(2, self.ids[:, 1:, None]).mean(dtype=torch.float64))
 
-    def _unchanged_blocks(self, changed: Mapping[str, int]) -> int:
+    def _unchanged_blocks(self, changed: Mapping[str, Width]) -> int:
         """How many leading blocks are as in the widest model; what they answer there is remembered."""
         count = min((self.blocks[name] for name in changed), default=0)
         if count < 1 or not self._prefix_usable:
@@ -143,7 +150,7 @@ class Bench:
         return list(self.model.get_submodule(parents.pop()).children()) if len(parents) == 1 else []
 
     @torch.no_grad()
-    def _set(self, widths: Mapping[str, int]) -> None:
+    def _set(self, widths: Mapping[str, Width]) -> None:
         for name, bits in (self._widest | dict(widths)).items():
             if bits == self._current[name]:
                 continue

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..allocate import Allocation, Frontier, Measurement
+from ..core import width_counts
 from ..evaluate import kind, mean_error, megabytes, short_kinds
 from ..export import ExportSummary
 from ..quantize import Plan, Summary
@@ -245,14 +246,16 @@ def _duration(seconds: float) -> str:
 def show_allocation(found: Allocation) -> None:
     """The widths by kind of matrix and block, then what the whole map takes and loses."""
     widths = found.level_map.widths
-    levels = sorted(set(widths.values()))
-    kinds: dict[str, list[int]] = {}
+    kinds: dict[str, list[dict[int, float]]] = {}
     for name, width in widths.items():
-        kinds.setdefault(kind(name), []).append(width)
-    rows = [
-        [name, *(str(members.count(level) or "") for level in levels), f"{sum(members) / len(members):.2f}"]
-        for name, members in kinds.items()
-    ]
+        count = len(width) if isinstance(width, str) else 1
+        kinds.setdefault(kind(name), []).append({b: n / count for b, n in width_counts(width, count).items()})
+    levels = sorted({level for members in kinds.values() for shares in members for level in shares})
+    rows = []
+    for name, members in kinds.items():
+        counts = [sum(shares.get(level, 0.0) for shares in members) for level in levels]
+        mean = sum(level * count for level, count in zip(levels, counts, strict=True)) / len(members)
+        rows.append([name, *(f"{count:.1f}".removesuffix(".0") if count else "" for count in counts), f"{mean:.2f}"])
     _table(["matrix", *(f"{level} bits" for level in levels), "mean"], rows, "matrices at each width")
     out.print(
         f"\nmean width {found.sizes['mean_bits']:.4f} bits, {found.sizes['bits_per_weight']:.4f} bits per weight, "

@@ -4,11 +4,13 @@ from .decoder import accelerate
 from .embedding import NestedEmbedding
 from .experts import NestedExperts
 from .linear import NestedLinear, TiedHead
+from .mixed import MixedMatrix
 from .nested import NestedMatrix
 from .stored import StoredMatrix, readable_widths
-from .swap import bits_per_weight, bytes_in_memory, nested_matrices, swap
+from .swap import bits_per_weight, bytes_in_memory, nested_matrices, rearrange, swap
 
 __all__ = [
+    "MixedMatrix",
     "NestedEmbedding",
     "NestedExperts",
     "NestedLinear",
@@ -20,5 +22,6 @@ __all__ = [
     "bytes_in_memory",
     "nested_matrices",
     "readable_widths",
+    "rearrange",
     "swap",
 ]

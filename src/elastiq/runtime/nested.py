@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import ElastiqError
+from ..core import ElastiqError, Width
 from ..kernels.matmul import TiledWeight, decode, matmul, tile_plane, tile_scale, untile_plane, untile_scale
 from .stored import StoredMatrix, plane_array, readable_widths
 
@@ -47,14 +47,14 @@ class NestedMatrix(nn.Module):
         return self._planes
 
     @property
-    def bits(self) -> int:
+    def bits(self) -> Width:
         """Width at which the matrix is read. Setting it raises ElastiqError for a width the planes held cannot give."""
         return self._bits
 
     @bits.setter
-    def bits(self, bits: int) -> None:
+    def bits(self, bits: Width) -> None:
         widths = readable_widths(self.stored.levels, self._planes)
-        if bits not in widths:
+        if isinstance(bits, str) or bits not in widths:
             held = ", ".join(map(str, widths)) or "no width yet"
             raise ElastiqError(
                 f"{self.stored.name}: {bits} bits were asked for, the planes held give {held}; "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from ..core import Width, width_counts
 
 ROLES = ("linear", "conv1d", "expert", "embedding", "head")
 
@@ -61,8 +63,21 @@ class StoredMatrix:
         """Short names of the scales and zero points of a level that has its own."""
         return (f"scale_{level}",) if self.symmetric else (f"scale_{level}", f"zero_point_{level}")
 
-    def num_bits(self, bits: int) -> int:
-        """Stored bits that a reader of `bits` (at most the top level) needs: planes, scales and zero points."""
+    @property
+    def members(self) -> int:
+        """How many parts may have a width of their own: experts of a fused tensor, rows of a linear layer, else one."""
+        return 1 if self.role == "embedding" else self.shape[0]
+
+    def some(self, count: int) -> StoredMatrix:
+        """As many of the members, as a matrix."""
+        return replace(self, shape=(count, *self.shape[1:]))
+
+    def num_bits(self, bits: Width) -> int:
+        """Stored bits that a reader of `bits` (at most the top level) needs: planes, scales and zero points; a byte for
+        each member where it says its width."""
+        if isinstance(bits, str):
+            counts = width_counts(bits, self.members)
+            return 8 * len(bits) + sum(self.some(count).num_bits(width) for width, count in counts.items())
         plane = math.prod(self.arrays(1)["weight"][1]) * 8
         scales = len(self.scale_arrays(self.levels[0])) * math.prod(self._scale_shape()) * 16
         return bits * plane + scales

@@ -7,10 +7,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..core import ElastiqError
+from ..core import ElastiqError, Width
 from .embedding import NestedEmbedding
 from .experts import NestedExperts
 from .linear import NestedLinear, TiedHead
+from .mixed import MixedExperts, MixedLinear, Part
 from .nested import NestedMatrix
 from .stored import StoredMatrix
 
@@ -41,7 +42,27 @@ def swap(model: nn.Module, stored: StoredMatrix) -> None:
 
 def nested_matrices(model: nn.Module) -> dict[str, NestedMatrix]:
     """Every nested matrix of the model by name."""
-    return {module.stored.name: module for module in model.modules() if isinstance(module, NestedMatrix)}
+    found = (m for m in model.modules() if isinstance(m, NestedMatrix) and not isinstance(m, Part))
+    return {module.stored.name: module for module in found}
+
+
+def rearrange(model: nn.Module, name: str, width: Width) -> NestedMatrix:
+    """Put an empty module for `width`, which is known to fit, in the place of a nested matrix held for another."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    old = getattr(parent, leaf)
+    stored, dtype = old.stored, old.dtype
+    new: NestedMatrix
+    with old._like.device:
+        if stored.role == "expert":
+            new = MixedExperts(stored, dtype, width) if isinstance(width, str) else NestedExperts(stored, dtype)
+        elif isinstance(width, str):
+            new = MixedLinear(stored, old.bias, dtype, width)
+        else:
+            new = NestedLinear(stored, old.bias, dtype)
+    setattr(parent, leaf, new)
+    NestedMatrix.changes += 1
+    return new
 
 
 def bytes_in_memory(model: nn.Module) -> int:
