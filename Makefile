@@ -1,4 +1,4 @@
-# make demo, make test, make lint: each first sets up what it needs in .venv, and only what changed.
+# make demo, make test, make test-oldest, make lint: each first sets up what it needs in .venv, and only what changed.
 #
 # TORCH is given to pip as it stands, so a machine without a GPU can name an index of CPU builds:
 #   make test TORCH="torch -i ADDRESS_OF_THE_INDEX"
@@ -14,9 +14,11 @@ export OMP_WAIT_POLICY ?= passive
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+OLDEST := .venv-oldest
+OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\(.*\)".*/\1/p' pyproject.toml)
 SOURCES := $(shell find src native -type f ! -name '*.so' ! -name '*.pyc') pyproject.toml README.md LICENSE
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)")
@@ -24,22 +26,32 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	@OMP_NUM_THREADS=1 $(BIN)/pytest
 
+# What meets transformers, with the oldest one that pyproject.toml allows.
+test-oldest: $(OLDEST)/installed
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest tests/test_huggingface.py tests/test_load.py tests/test_generate.py \
+		tests/test_quantize.py tests/test_export.py tests/test_importing.py tests/runtime tests/models tests/evaluate
+
 lint: $(VENV)/installed
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
 
 clean:
-	rm -rf $(VENV) build dist demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests scripts examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/torch:
+$(VENV)/torch $(OLDEST)/torch:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv here; install one, or name it: make PYTHON=..."; exit 1; }
-	@echo "Setting up $(VENV): $(TORCH)"
-	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install $(TORCH)
+	@echo "Setting up $(@D): $(TORCH)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check -qq install $(TORCH)
 	@touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	@echo "Setting up $(VENV): elastiq"
 	@$(PIP) install '.[all,dev]'
+	@touch $@
+
+$(OLDEST)/installed: $(OLDEST)/torch $(SOURCES)
+	@echo "Setting up $(OLDEST): elastiq, transformers $(OLDEST_TRANSFORMERS)"
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check -qq install '.[all,dev]' transformers==$(OLDEST_TRANSFORMERS)
 	@touch $@

@@ -100,6 +100,48 @@ def test_saved_and_loaded_again(checkpoint: Callable[..., Path], tmp_path: Path,
         set_bits(again, {"model.nothing": 2})
 
 
+def test_what_was_saved_is_loaded_by_elastiq(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    for family in ("llama", "gpt2", "qwen3_moe"):
+        path, saved = checkpoint(family), tmp_path / family
+        load(path, 4).save_pretrained(saved, max_shard_size="50KB")
+        assert len(list(saved.glob("*.safetensors"))) > 1
+        assert torch.equal(logits(elastiq.load(saved)), logits(elastiq.load(path, 4)))
+        model = elastiq.load(saved, 3)
+        assert torch.equal(logits(model), logits(elastiq.load(path, 3)))
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        set_bits(model, 4)
+        assert torch.equal(logits(model), logits(elastiq.load(path, 4)))
+    saved = tmp_path / "llama"
+    for settings, message in (
+        ({"bits": 5}, "5 bits were asked for, the planes held give 1, 2, 3, 4"),
+        ({"bits": 3.5}, "saved without its level table; give a width or a level map"),
+        ({"memory": "1GB"}, "saved without its level table"),
+        ({"max_bits": 6}, "it holds 4 planes, not 6"),
+        ({"bits": {"model.nothing": 2}}, r"model\.nothing: no quantized matrix"),
+    ):
+        with pytest.raises(ElastiqError, match=message):
+            elastiq.load(saved, **settings)
+    shard = max(saved.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(ElastiqError, match="cut short"):
+        elastiq.load(saved)
+
+
+def test_compiled_forward(checkpoint: Callable[..., Path]) -> None:
+    """A prompt and its next token, at a width and at another one afterwards."""
+    model = load(checkpoint(), 4)
+    compiled = torch.compile(model, backend="aot_eager")
+    for bits in (4, 3):
+        set_bits(model, bits)
+        assert torch.allclose(logits(compiled), logits(model), atol=1e-5)
+    answers = []
+    for forward in (compiled, model):
+        with torch.inference_mode():
+            past = forward(input_ids=IDS, use_cache=True).past_key_values
+            answers.append(forward(input_ids=IDS[:, :1], past_key_values=past).logits)
+    assert torch.allclose(*answers, atol=1e-5)
+
+
 def test_scales_stay_half_in_any_precision(checkpoint: Callable[..., Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=torch.bfloat16)
     matrix = nested_matrices(model)["model.layers.0.mlp.up_proj"]
@@ -115,6 +157,16 @@ def test_generates_and_serves_a_pipeline(checkpoint: Callable[..., Path], tiny_m
     assert torch.equal(model.generate(IDS, **settings), expected)
     answer = pipeline("text-generation", model=model, tokenizer=tokenizer)("abc", **settings)[0]["generated_text"]
     assert answer.startswith("abc")
+    again = pipeline("text-generation", model=str(path), device_map="auto")("abc", **settings)[0]["generated_text"]
+    assert again == answer
+
+
+def test_device_maps_by_name(checkpoint: Callable[..., Path]) -> None:
+    devices = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "lm_head": "cpu",
+               "model.rotary_emb": "cpu"}  # fmt: skip
+    for device_map in ("auto", "sequential", devices):
+        model = load(checkpoint(), 3, device_map=device_map)
+        assert torch.equal(logits(model), logits(elastiq.load(checkpoint(), 3)))
 
 
 def test_tied_embeddings_stay_one(tmp_path: Path) -> None:

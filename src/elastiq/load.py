@@ -17,6 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from .allocate import Budget, Table, allocate, parse_bytes, read_map
 from .checkpoint import CheckpointReader
+from .checkpoint.files import read_json
+from .checkpoint.manifest import Manifest
+from .checkpoint.names import BASE, CONFIG
 from .core import ElastiqError, LevelMap, Width, widest
 from .runtime import (
     MixedMatrix,
@@ -59,9 +62,13 @@ def load(
     or experts have widths of their own). dtype: of what is not quantized and of the computation; None is float32 on a
     CPU (whose float16 is slow), else the dtype of config.json.
     verify: compare every file that is read with its checksum first.
+    A directory that `save_pretrained` wrote is loaded with all its planes; None is the width that it was saved at, mean
+    widths and `memory` need the checkpoint's level table.
 
     Raises ElastiqError for a damaged or foreign directory and for a width it cannot give.
     """
+    if _is_saved(Path(path)):
+        return _load_saved(Path(path), bits, max_bits, memory, torch.device(device), dtype)
     reader = CheckpointReader(path, verify=verify)
     config = _config(reader)
     model = _skeleton(reader, config, dtype or _dtype(config, torch.device(device)))
@@ -85,6 +92,40 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(reader.path)
     attach(model, reader)
     nn.Module.to(model, torch.device(device))
+    accelerate(model)
+    return model
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `save_pretrained` wrote the directory, whose files are cut by size and have no checksums."""
+    return (path / CONFIG).is_file() and not (path / BASE).exists() and any(path.glob("model*.safetensors"))
+
+
+def _load_saved(
+    path: Path, bits: Widths | None, max_bits: int | None, memory: str | int | None, device: torch.device,
+    dtype: torch.dtype | None,
+) -> PreTrainedModel:  # fmt: skip
+    data = read_json(path / CONFIG)
+    manifest = Manifest.from_config(data, str(path))
+    if memory is not None or isinstance(bits, float):
+        raise ElastiqError(f"{path}: saved without its level table; give a width or a level map, no mean or memory")
+    if max_bits is not None and max_bits > manifest.planes:
+        raise ElastiqError(f"{path}: it holds {manifest.planes} planes, not {max_bits}; load the checkpoint itself")
+    config = AutoConfig.for_model(data.pop("model_type", None), **data)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or _dtype(config, device), use_safetensors=True, trust_remote_code=False,
+            local_files_only=True,
+        )  # fmt: skip
+    except ElastiqError:
+        raise
+    except Exception as error:  # transformers raises what it likes
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ElastiqError(f"{path}: transformers cannot load it ({reason}); save it again") from error
+    model.requires_grad_(False)
+    if bits is not None:
+        set_bits(model, bits)
+    nn.Module.to(model, device)
     accelerate(model)
     return model
 
