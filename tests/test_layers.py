@@ -12,8 +12,9 @@ import elastiq
 
 ROOT = Path(elastiq.__file__).parent
 LAYERS = {
-    "core": 0, "linalg": 0,
-    "formats": 1, "kernels": 1, "solvers": 1, "tuners": 1, "sensitivity": 1, "allocators": 1,
+    "core": 0, "linalg": 0, "terms": 0,
+    "formats": 1, "transforms": 1, "splits": 1, "compensators": 1,
+    "kernels": 1, "solvers": 1, "tuners": 1, "sensitivity": 1, "allocators": 1,
     "runtime": 2,
     "models": 3, "checkpoint": 3,
     "embedded": 4, "calibrate": 4, "load": 4, "huggingface": 4, "quantize": 4, "evaluate": 4, "report": 4,

@@ -8,7 +8,7 @@ from typing import Any
 
 from .core import Recipe, Step
 
-_PAPER = re.compile(r"(\w[\w.+-]*),?\s\(?(\d{4}\.\d{4,5})")
+_PAPER = re.compile(r"(\w[\w.+#-]*),?\s\(?(\d{4}\.\d{4,5})")
 
 
 def methods() -> list[dict[str, Any]]:
@@ -18,8 +18,10 @@ def methods() -> list[dict[str, Any]]:
 
 def papers(recipe: Recipe) -> dict[str, list[str]]:
     """Papers behind the filled slots of a recipe, by slot: "GPTQ, arXiv:2210.17323"."""
-    steps = [recipe.format, recipe.solver, *([] if recipe.tuner is None else [recipe.tuner])]
-    return {step.slot: _papers(type(step)) for step in steps}
+    found: dict[str, list[str]] = {}
+    for step in recipe.steps:
+        found.setdefault(step.slot, []).extend(_papers(type(step)))
+    return found
 
 
 def page() -> str:

@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from hashlib import sha256
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch import Tensor
 from .calibrate import BlockStream, calibration_ids, mixed_ids
 from .checkpoint import CheckpointReader, CheckpointWriter, is_finished
 from .checkpoint.sizes import level_sizes
-from .core import Codes, ElastiqError, QuantizedWeight, Recipe, Site, Stats
+from .core import Codes, ElastiqError, Fold, QuantizedWeight, Recipe, SideTerm, Site, Stats
 from .evaluate import mean_error, write_card
 from .formats import Integer
 from .importing import ordinary
@@ -249,14 +251,33 @@ class _Run:
     ) -> None:
         solved: dict[Site, QuantizedWeight] = {}
         rows = []
+        folds = self._folds(sites, weights, statistics)
         for index, site in enumerate(sites):
             self.report(f"solving {unit}", index, len(sites))
             solved[site], row = quantize_matrix(
-                site, weights[site.name], statistics[site.name], self.recipe, block_energy
+                site, weights[site.name], statistics[site.name], self.recipe, block_energy, folds.get(site.input_id, ())
             )
             rows.append(row)
         self.report(f"solving {unit}", len(sites), len(sites))
         self.writer.write_unit(unit, solved, rows)
+
+
+    def _folds(
+        self, sites: Sequence[Site], weights: Mapping[str, Tensor], statistics: Mapping[str, Stats]
+    ) -> dict[str, tuple[Fold, ...]]:
+        """What the recipe's transforms do to every input, by its id."""
+        folds: dict[str, tuple[Fold, ...]] = {}
+        for name in dict.fromkeys(site.input_id for site in sites if self.recipe.transforms):
+            readers = [site for site in sites if site.input_id == name]
+            if any(_too_few(site, statistics[site.name]) for site in readers):
+                continue
+            consumers = [weights[site.name] for site in readers]
+            stats = reduce(Stats.merge, {id(s): s for s in (statistics[site.name] for site in readers)}.values())
+            for transform in self.recipe.transforms:
+                fold = transform.plan(consumers, stats, self.recipe.format)
+                consumers, stats = [fold.into(weight) for weight in consumers], fold.stats(stats)
+                folds[name] = (*folds.get(name, ()), fold)
+        return folds
 
 
 def _unit(block: int) -> str:
@@ -268,28 +289,38 @@ def _units(layout: Layout, recipe: Recipe) -> set[str]:
     return {_unit(block) for block in range(-1 if recipe.embeddings else 0, len(layout.blocks))}
 
 
+def _too_few(site: Site, stats: Stats) -> bool:
+    """Whether calibration says too little about the input of a matrix."""
+    return stats.count < TOKENS_PER_CHANNEL * site.shape[1] or not stats.total
+
+
 def quantize_matrix(
-    site: Site, weight: Tensor, stats: Stats, recipe: Recipe, block_energy: float | None = None
+    site: Site,
+    weight: Tensor,
+    stats: Stats,
+    recipe: Recipe,
+    block_energy: float | None = None,
+    folds: tuple[Fold, ...] = (),
 ) -> tuple[QuantizedWeight, dict[str, Any]]:
-    """The quantized `weight` [out, in] and its row of the level table.
+    """The quantized `weight` [out, in] behind `folds`, and its row of the level table.
 
     A matrix that too few tokens reached is rounded to nearest, with a warning. Errors are tr((W - Q) H (W - Q)ᵀ) /
     tr(W H Wᵀ) with the Hessian where it was collected, otherwise with its diagonal. The row's energy is what an error
     of 1 would move, to first order, at the output of the block, per token and as a part of `block_energy`, the squared
     norm of that output: error times energy adds over matrices. It is null where nothing is known.
     """
-    solver = recipe.solver
-    too_few = stats.count < TOKENS_PER_CHANNEL * site.shape[1] or not stats.total
     fallback = None
-    if too_few and "hessian" in solver.needs:
-        solver = RoundToNearest()
+    if _too_few(site, stats) and (recipe.splits or recipe.compensators or "hessian" in recipe.solver.needs):
+        recipe = Recipe(recipe.format, RoundToNearest())
         if site.role != "embedding":
             fallback = f"rounded to nearest: only {stats.count} calibration tokens reached it"
             log.warning("%s: %s", site.name, fallback)
     try:
-        quantized = QuantizedWeight(solver.solve(weight, recipe.format, stats))
+        quantized = _solve(weight, stats, recipe, folds)
     except ElastiqError as error:
         raise ElastiqError(f"{site.name}: {error}") from error
+    if site.role == "expert" and quantized.shift(recipe.levels[0]) is not None:
+        raise ElastiqError(f"{site.name}: an expert has no output of its own to shift; leave the bias correction out")
     energy = _energy(weight, stats)
     levels = {
         str(level): {
@@ -298,15 +329,15 @@ def quantize_matrix(
         }
         for level in recipe.levels
     }
-    codes = quantized.terms[0]
-    assert isinstance(codes, Codes)
+    first = quantized.terms[0]
+    group_size = first.grid.group_size if isinstance(first, Codes) else getattr(first, "group_size", site.shape[1])
     row = {
         "name": site.name,
         "tensor": site.tensor,
         "role": site.role,
         "block": site.block,
         "shape": list(site.shape),
-        "group_size": codes.grid.group_size,
+        "group_size": group_size,
         "tokens": stats.count,
         "dropped": stats.dropped,
         "abs_max": None if stats.abs_max is None or not stats.count else round(float(stats.abs_max.max()), 6),
@@ -317,6 +348,22 @@ def quantize_matrix(
         "levels": levels,
     }
     return quantized, row
+
+
+def _solve(weight: Tensor, stats: Stats, recipe: Recipe, folds: tuple[Fold, ...]) -> QuantizedWeight:
+    """`weight` [out, in] through the recipe's splits, solver and compensators, all on the inner side of the folds."""
+    for fold in folds:
+        weight, stats = fold.into(weight), fold.stats(stats)
+    rest: Tensor = weight
+    apart: tuple[SideTerm, ...] = ()
+    for split in recipe.splits:
+        rest, terms = split.split(rest, recipe.format, stats)
+        apart += terms
+    inner = QuantizedWeight((*recipe.solver.solve(rest, recipe.format, stats), *apart))
+    for compensator in recipe.compensators:
+        found = [compensator.fit(weight - inner.dequantize(r), stats, r) for r in recipe.levels]
+        inner = QuantizedWeight((*inner.terms, *chain.from_iterable(found)))
+    return QuantizedWeight(inner.terms, folds)
 
 
 def _energy(matrix: Tensor, stats: Stats) -> float:

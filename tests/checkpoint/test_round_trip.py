@@ -201,7 +201,8 @@ def test_what_cannot_be_stored(tmp_path: Path) -> None:
         rows = [row(site, weight)]
         (term,) = weight.terms
         refuse({site: weight}, [], r"the level table names \[\], the matrices are \['m.up'\]")
-        refuse({site: QuantizedWeight((term, term))}, rows, r"stores one term of nested codes, not \(Codes, Codes\)")
+        twice = {site: QuantizedWeight((term, term))}
+        refuse(twice, rows, r"stores nested codes first and side terms after, not \(Codes, Codes\)")
         refuse({site: bad_scale(weight)}, rows, "scales are not finite half-precision values")
         refuse({site: random_weight((4, 8), (2, 4), 16)}, rows, r"codes \[4, 8\] and scales .* do not fit \[4, 16\]")
         refuse({site: weight}, [{**rows[0], "error": float("nan")}], "holds a number that is not finite")

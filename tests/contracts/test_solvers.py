@@ -8,9 +8,9 @@ import pytest
 import torch
 from contracts.data import SHAPES, output_error, weight_and_stats
 
-from elastiq.core import QuantizedWeight, Solver, Stats, Step, step_from_dict
-from elastiq.formats import Integer
-from elastiq.solvers import GPTQ, Nested, RoundToNearest
+from elastiq.core import ElastiqError, Format, QuantizedWeight, Solver, Stats, Step, step_from_dict
+from elastiq.formats import BlockScaled, Codebook, Integer, Minifloat, NormalFloat
+from elastiq.solvers import GPTQ, BitStack, DecoupleQ, Nested, RoundToNearest
 
 CASES: list[Solver] = [
     RoundToNearest(),
@@ -19,20 +19,27 @@ CASES: list[Solver] = [
     GPTQ(refits=0, passes=0),
     Nested(),
     Nested(refits=0, passes=0),
+    DecoupleQ(),
+    BitStack(rank=4),
 ]
 FORMATS = [Integer(group_size=32), Integer((4,), -1), Integer((2, 4), 64, symmetric=True)]
+BLOCKS = Integer(tuple(range(1, 9)), -1)
+TABLES = [Minifloat("e2m1", 32), BlockScaled("e2m1"), NormalFloat(), Codebook((2, 3, 4))]
+PAIRS = [
+    (solver, format) for solver in CASES for format in ([BLOCKS] if isinstance(solver, BitStack) else FORMATS)
+]
+BY_ROWS = [solver for solver in CASES if not isinstance(solver, BitStack)]  # whose factors span all rows
 
 
 def test_every_registered_solver_has_a_case() -> None:
     assert set(Step.registry["solver"]) == {type(case).name for case in CASES}
 
 
-def solve(solver: Solver, format: Integer, weight: torch.Tensor, stats: Stats) -> QuantizedWeight:
+def solve(solver: Solver, format: Format, weight: torch.Tensor, stats: Stats) -> QuantizedWeight:
     return QuantizedWeight(solver.solve(weight, format, stats))
 
 
-@pytest.mark.parametrize("solver", CASES, ids=str)
-@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize(("solver", "format"), PAIRS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_contract(solver: Solver, format: Integer, shape: tuple[int, int]) -> None:
     weight, stats = weight_and_stats(*shape)
@@ -46,11 +53,11 @@ def test_contract(solver: Solver, format: Integer, shape: tuple[int, int]) -> No
         assert torch.equal(quantized.dequantize(level), again.dequantize(level)), "same input, same codes"
     top = replace(format, levels=format.levels[-1:])
     rounding = output_error(weight, solve(RoundToNearest(), top, weight, stats).dequantize(top.levels[0]), stats)
-    if not isinstance(solver, Nested):  # its top level also pays for the others
+    if not isinstance(solver, (Nested, BitStack)):  # the top level also pays for the others; blocks are no codes
         assert errors[-1] <= rounding * 1.001, "not worse than rounding to nearest"
 
 
-@pytest.mark.parametrize("solver", CASES, ids=str)
+@pytest.mark.parametrize("solver", BY_ROWS, ids=str)
 def test_rows_are_independent(solver: Solver) -> None:
     """Permuted output rows give permuted codes; a row alone gives the codes it gets among others."""
     format = Integer((2, 4), 32)
@@ -69,7 +76,7 @@ def _nearly_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return float((a - b).abs().gt(1e-6).float().mean()) < 0.03
 
 
-@pytest.mark.parametrize("solver", CASES, ids=str)
+@pytest.mark.parametrize("solver", BY_ROWS, ids=str)
 def test_dead_channels_and_constant_weights(solver: Solver) -> None:
     weight, stats = weight_and_stats(32, 128)
     assert stats.hessian is not None and stats.diagonal is not None
@@ -87,3 +94,26 @@ def test_dead_channels_and_constant_weights(solver: Solver) -> None:
 @pytest.mark.parametrize("solver", CASES, ids=str)
 def test_round_trip_as_data(solver: Solver) -> None:
     assert step_from_dict("solver", solver.to_dict()) == solver
+
+
+@pytest.mark.parametrize("format", TABLES, ids=str)
+@pytest.mark.parametrize("solver", [GPTQ(), GPTQ(act_order=True)], ids=str)
+def test_formats_that_are_not_integers(solver: Solver, format: Format) -> None:
+    """Error feedback lowers the error of the output on every grid."""
+    weight, stats = weight_and_stats(24, 160)
+    top = format.levels[-1]
+    rounding, solved = (solve(s, format, weight, stats).dequantize(top) for s in (RoundToNearest(), solver))
+    assert output_error(weight, solved, stats) < 0.9 * output_error(weight, rounding, stats)
+
+
+@pytest.mark.parametrize(
+    ("solver", "format", "sentence"),
+    [
+        (Nested(), NormalFloat(), "nested: it chooses integer codes, not those of normal-float; use rtn or gptq"),
+        (DecoupleQ(), NormalFloat(), "decoupleq: it solves for integer codes, not those of normal-float"),
+        (BitStack(), Integer((2, 4)), r"bitstack: levels=\(2, 4\) must be 1 to n, one per block"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(solver: Solver, format: Format, sentence: str) -> None:
+    with pytest.raises(ElastiqError, match=sentence):
+        solver.solve(*weight_and_stats()[:1], format, weight_and_stats()[1])

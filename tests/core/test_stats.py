@@ -57,7 +57,7 @@ def test_only_what_is_asked_for_is_kept() -> None:
     assert stats.hessian is None and stats.abs_max is None and stats.diagonal is not None
     with pytest.raises(ElastiqError, match="no Hessian was collected"):
         stats.mean_hessian()
-    with pytest.raises(ElastiqError, match=r"unknown \['samples'\]; known: abs_max, diagonal, hessian"):
+    with pytest.raises(ElastiqError, match=r"unknown \['samples'\]; known: abs_max, abs_mean, diagonal, grad_sq"):
         Stats.empty(6, frozenset({"samples"}))
 
 

@@ -23,7 +23,9 @@ class HuggingFace(Target, name="hf"):
     exact: bool = False
 
     def check(self, view: View) -> None:
-        """Every model can be written so."""
+        """Raises ElastiqError for a model whose matrices add a vector to their outputs."""
+        if any(part.kind == "shift" for stored in view.matrices.values() for part in stored.parts):
+            raise ElastiqError("hf: a bias correction has no place in this model's files; quantize without it")
 
     def write(self, view: View, path: Path) -> Exported:
         dtype = _dtype(view)
@@ -38,7 +40,7 @@ class HuggingFace(Target, name="hf"):
                 yield base[name]
                 return
             stored = weights[name]
-            values = view.codes(stored.name).dense()
+            values = view.dense(stored.name)
             held = values.to(dtype)
             width = view.widths[stored.name]
             error = relative_error(values, held.float())

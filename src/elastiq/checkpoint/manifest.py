@@ -9,6 +9,7 @@ from typing import Any
 from ..core import MAX_BITS, ElastiqError
 from ..runtime.stored import ROLES, ArraySpec, StoredMatrix, readable_widths
 from .names import BASE, FORMAT_VERSION, QUANT_METHOD, is_array_name, plane_file
+from .parts import from_rows, to_rows
 
 MAX_SIZE = 2**31
 
@@ -56,6 +57,8 @@ class Manifest:
             "embeddings": self.embeddings,
             "modules": {
                 m.name: {"role": m.role, "shape": list(m.shape), "group_size": m.group_size}
+                | ({} if m.coded else {"coded": False})
+                | ({"parts": to_rows(m.parts)} if m.parts else {})
                 for m in self.matrices.values()
             },
         }
@@ -99,7 +102,14 @@ def _matrix(name: str, row: object, levels: tuple[int, ...], symmetric: bool, wh
         raise _bad(where, f"modules.{name}.shape", shape)
     if not isinstance(group_size, int) or not _whole(group_size):
         raise _bad(where, f"modules.{name}.group_size", group_size)
-    return StoredMatrix(name, row["role"], tuple(shape), group_size, levels, symmetric)
+    coded = row.get("coded", True)
+    try:
+        parts = from_rows(row.get("parts", []))
+    except ElastiqError as error:
+        raise ElastiqError(f"{where}: {name}: {error}") from None
+    if type(coded) is not bool or not (coded or parts):
+        raise _bad(where, f"modules.{name}.coded", coded)
+    return StoredMatrix(name, row["role"], tuple(shape), group_size, levels, symmetric, coded, parts)
 
 
 def _whole(value: object, most: int = MAX_SIZE) -> bool:

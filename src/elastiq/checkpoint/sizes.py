@@ -60,11 +60,15 @@ def held_bytes(matrix: StoredMatrix, bits: Width) -> int:
     if isinstance(bits, str):
         counts = width_counts(bits, matrix.members)
         return 4 * len(bits) + sum(held_bytes(matrix.some(count), width) for width, count in counts.items())
-    specs = [spec for plane in range(1, bits + 1) for spec in matrix.arrays(plane).values()]
     count = 0
-    for dtype, (*experts, rows, columns) in specs:
-        columns += -columns % (INPUTS // 8) if dtype == torch.uint8 else 0
-        count += math.prod(experts) * (rows + -rows % ROWS) * columns * dtype.itemsize
+    for plane in range(1, bits + 1):
+        coded = matrix.code_arrays(plane) if matrix.coded else {}
+        for name, (dtype, shape) in matrix.arrays(plane).items():
+            if name in coded:
+                *experts, rows, columns = shape
+                columns += -columns % (INPUTS // 8) if dtype == torch.uint8 else 0
+                shape = (*experts, rows + -rows % ROWS, columns)
+            count += math.prod(shape) * dtype.itemsize
     return count
 
 

@@ -49,6 +49,16 @@ class Entry:
         return self.dtype, self.shape
 
 
+def dtype_code(dtype: torch.dtype) -> str:
+    """The container's name of a type."""
+    return _CODES[dtype]
+
+
+def dtype_of(code: str) -> torch.dtype:
+    """The type of that name. Raises KeyError for a name there is not."""
+    return _DTYPES[code]
+
+
 def num_bytes(spec: ArraySpec) -> int:
     return math.prod(spec[1]) * spec[0].itemsize
 
@@ -56,6 +66,8 @@ def num_bytes(spec: ArraySpec) -> int:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The elements of a tensor in row order, little endian."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if not flat.numel():
+        return memoryview(b"")
     return flat.view(torch.uint8).numpy().data
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import Codes, ElastiqError, Grid, QuantizedWeight, Site
+from ..core import Codes, ElastiqError, Grid, Part, QuantizedWeight, SideTerm, Site
 from ..linalg import pack_planes, unpack_planes
-from ..runtime.stored import StoredMatrix, plane_array
+from ..runtime.stored import StoredMatrix, StoredPart, plane_array
+from .parts import from_rows, restored, stored_parts, to_rows
 from .tensors import read_header, tensor_bytes, write_tensors
 
 METADATA = "elastiq"
@@ -33,7 +34,11 @@ def write_unit_file(path: Path, weights: dict[Site, QuantizedWeight], rows: list
     """Write the planes and scales of `weights`. Raises ElastiqError for what the format cannot hold."""
     members = _by_tensor(weights)
     codes = {site: _codes(site, weight) for site, weight in weights.items()}
-    matrices = {tensor: _stored(tensor, sites, codes) for tensor, sites in members.items()}
+    parts = {tensor: list(stored_parts(sites, weights)) for tensor, sites in members.items()}
+    matrices = {
+        tensor: _stored(tensor, sites, codes, weights, tuple(stored for stored, _ in parts[tensor]))
+        for tensor, sites in members.items()
+    }
     _check_rows(path.stem, rows, weights)
     specs = {
         f"{matrix.name}.{short}": spec
@@ -41,7 +46,7 @@ def write_unit_file(path: Path, weights: dict[Site, QuantizedWeight], rows: list
         for plane in range(1, matrix.levels[-1] + 1)
         for short, spec in matrix.arrays(plane).items()
     }
-    payload = _Payload({tensor: [codes[site] for site in sites] for tensor, sites in members.items()})
+    payload = _Payload(_present(members, codes), parts)
     description = {
         "matrices": [
             {
@@ -51,6 +56,8 @@ def write_unit_file(path: Path, weights: dict[Site, QuantizedWeight], rows: list
                 "group_size": m.group_size,
                 "levels": m.levels,
                 "symmetric": m.symmetric,
+                "coded": m.coded,
+                "parts": to_rows(m.parts),
                 "sites": [site.name for site in members[m.name]],
             }
             for m in matrices.values()
@@ -70,10 +77,9 @@ def read_unit_file(path: Path) -> Unit:
     """Description of a unit file; the arrays stay on disk."""
     description = json.loads(read_header(path)[1][METADATA])
     sites = {row["name"]: row.pop("sites") for row in description["matrices"]}
-    matrices = {
-        row["name"]: StoredMatrix(**{**row, "shape": tuple(row["shape"]), "levels": tuple(row["levels"])})
-        for row in description["matrices"]
-    }
+    for row in description["matrices"]:
+        row |= {"shape": tuple(row["shape"]), "levels": tuple(row["levels"]), "parts": from_rows(row["parts"])}
+    matrices = {row["name"]: StoredMatrix(**row) for row in description["matrices"]}
     return Unit(path, matrices, sites, description["rows"])
 
 
@@ -88,35 +94,48 @@ def unit_weights(unit: Unit) -> dict[str, QuantizedWeight]:
 
     weights = {}
     for matrix in unit.matrices.values():
-        bits = matrix.levels[-1]
-        planes = [array(f"{matrix.name}.{plane_array(p)}") for p in range(1, bits + 1)]
-        scale = torch.stack([array(f"{matrix.name}.scale_{r}").float() for r in matrix.levels])
-        if matrix.symmetric:
-            middles = torch.tensor([(2.0**r - 1) / 2 for r in matrix.levels])
-            zero_point = middles.view(-1, *[1] * (scale.dim() - 1)).expand_as(scale).clone()
-        else:
-            zero_point = torch.stack([array(f"{matrix.name}.zero_point_{r}").float() for r in matrix.levels])
+        names = {name for plane in range(1, matrix.levels[-1] + 1) for name in matrix.arrays(plane)}
+        arrays = {name: array(f"{matrix.name}.{name}") for name in names}
+        codes = _read_codes(matrix, arrays) if matrix.coded else {}
         for index, site in enumerate(unit.sites[matrix.name]):
-            pick = (index,) if matrix.role == "expert" else ()
-            codes = unpack_planes([plane[pick] for plane in planes], matrix.in_features).contiguous()
-            each = (slice(None), *pick)
-            grid = Grid(matrix.levels, matrix.group_size, scale[each], zero_point[each], matrix.symmetric)
-            weights[site] = QuantizedWeight((Codes(codes, grid),))
+            expert = index if matrix.role == "expert" else None
+            own = [part for part in matrix.parts if part.expert == expert]
+            weights[site] = restored(own, arrays, codes.get(index))
     return weights
+
+
+def _read_codes(matrix: StoredMatrix, arrays: Mapping[str, Tensor]) -> dict[int, Codes]:
+    """The nested integer codes of a matrix, or of every expert, by its index."""
+    planes = [arrays[plane_array(p)] for p in range(1, matrix.levels[-1] + 1)]
+    scale = torch.stack([arrays[f"scale_{r}"].float() for r in matrix.levels])
+    if matrix.symmetric:
+        middles = torch.tensor([(2.0**r - 1) / 2 for r in matrix.levels])
+        zero_point = middles.view(-1, *[1] * (scale.dim() - 1)).expand_as(scale).clone()
+    else:
+        zero_point = torch.stack([arrays[f"zero_point_{r}"].float() for r in matrix.levels])
+    found = {}
+    for index in range(matrix.shape[0] if matrix.role == "expert" else 1):
+        pick = (index,) if matrix.role == "expert" else ()
+        codes = unpack_planes([plane[pick] for plane in planes], matrix.in_features).contiguous()
+        each = (slice(None), *pick)
+        grid = Grid(matrix.levels, matrix.group_size, scale[each], zero_point[each], matrix.symmetric)
+        found[index] = Codes(codes, grid)
+    return found
 
 
 def write_scales_file(path: Path, weights: Mapping[Site, Codes], level: int, facts: dict[str, Any]) -> None:
     """Write the scales and zero points that `weights` have at `level`, and JSON-ready `facts` about them."""
     members = _by_tensor(weights)
-    checked = {site: _codes(site, QuantizedWeight((codes,))) for site, codes in weights.items()}
-    matrices = {tensor: _stored(tensor, sites, checked) for tensor, sites in members.items()}
+    whole = {site: QuantizedWeight((codes,)) for site, codes in weights.items()}
+    checked = {site: _codes(site, weight) for site, weight in whole.items()}
+    matrices = {tensor: _stored(tensor, sites, checked, whole, ()) for tensor, sites in members.items()}
     specs = {
         f"{tensor}.{short}": spec
         for tensor, matrix in matrices.items()
         for short, spec in matrix.arrays(1 if level == matrix.levels[0] else level).items()
         if short in matrix.scale_arrays(level)
     }
-    payload = _Payload({tensor: [checked[site] for site in sites] for tensor, sites in members.items()})
+    payload = _Payload(_present(members, checked), {})
     write_tensors(path, specs, payload, {METADATA: json.dumps(facts, sort_keys=True, allow_nan=False)})
 
 
@@ -137,11 +156,20 @@ def _by_tensor(weights: Iterable[Site]) -> dict[str, list[Site]]:
 class _Payload:
     """Bytes of each array, packing one matrix at a time."""
 
-    def __init__(self, members: dict[str, list[Codes]]) -> None:
+    def __init__(self, members: dict[str, list[Codes]], parts: Mapping[str, list[tuple[StoredPart, Part]]]) -> None:
         self.members = members
+        self.kept = {
+            f"{tensor}.{stored.prefix}{short}": kept.array
+            for tensor, found in parts.items()
+            for stored, part in found
+            for short, kept in part.kept().items()
+        }
         self.packed: tuple[str, list[list[Tensor]]] = ("", [])
 
     def __call__(self, name: str) -> Iterator[memoryview]:
+        if name in self.kept:
+            yield tensor_bytes(self.kept[name])
+            return
         tensor, short = name.rsplit(".", 1)
         members = self.members[tensor]
         if short.startswith(("scale_", "zero_point_")):
@@ -157,11 +185,19 @@ class _Payload:
             yield tensor_bytes(planes[plane - 1])
 
 
-def _codes(site: Site, weight: QuantizedWeight) -> Codes:
-    term = weight.terms[0] if len(weight.terms) == 1 else None
-    if not isinstance(term, Codes):
+def _present(members: Mapping[str, list[Site]], codes: Mapping[Site, Codes | None]) -> dict[str, list[Codes]]:
+    return {tensor: [c for site in sites if (c := codes[site]) is not None] for tensor, sites in members.items()}
+
+
+def _codes(site: Site, weight: QuantizedWeight) -> Codes | None:
+    """The nested integer codes of a matrix, checked; None if it has none."""
+    coded = [isinstance(term, Codes) for term in weight.terms]
+    if any(coded[1:]) or not all(c or isinstance(t, SideTerm) for c, t in zip(coded, weight.terms, strict=True)):
         kinds = ", ".join(type(t).__name__ for t in weight.terms)
-        raise ElastiqError(f"{site.name}: this format stores one term of nested codes, not ({kinds})")
+        raise ElastiqError(f"{site.name}: this format stores nested codes first and side terms after, not ({kinds})")
+    term = weight.terms[0]
+    if not isinstance(term, Codes):
+        return None
     codes, grid = term.codes, term.grid
     groups = -(-site.shape[1] // grid.group_size)
     if tuple(codes.shape) != site.shape or tuple(grid.scale.shape) != (len(grid.levels), site.shape[0], groups):
@@ -177,15 +213,30 @@ def _codes(site: Site, weight: QuantizedWeight) -> Codes:
     return term
 
 
-def _stored(tensor: str, sites: list[Site], codes: dict[Site, Codes]) -> StoredMatrix:
-    grids = [codes[site].grid for site in sites]
-    kinds = {(site.role, site.shape, g.group_size, g.levels, g.symmetric) for site, g in zip(sites, grids, strict=True)}
+def _stored(
+    tensor: str,
+    sites: list[Site],
+    codes: Mapping[Site, Codes | None],
+    weights: Mapping[Site, QuantizedWeight],
+    parts: tuple[StoredPart, ...],
+) -> StoredMatrix:
+    kinds = {(site.role, site.shape, *_format(site, codes[site], weights[site])) for site in sites}
     experts = [site.expert for site in sites]
     if len(kinds) != 1 or experts not in ([None], list(range(len(sites)))):
         raise ElastiqError(f"{tensor}: its matrices must be all experts from 0 on, of one shape and one format")
-    site, grid = sites[0], grids[0]
-    shape = site.shape if site.expert is None else (len(sites), *site.shape)
-    return StoredMatrix(tensor, site.role, shape, grid.group_size, grid.levels, grid.symmetric)
+    ((role, shape, group_size, levels, symmetric, coded),) = kinds
+    whole: tuple[int, ...] = shape if sites[0].expert is None else (len(sites), *shape)
+    return StoredMatrix(tensor, role, whole, group_size, levels, symmetric, coded, parts)
+
+
+def _format(site: Site, codes: Codes | None, weight: QuantizedWeight) -> tuple[int, tuple[int, ...], bool, bool]:
+    """group_size, levels, symmetric, coded."""
+    if codes is not None:
+        return codes.grid.group_size, codes.grid.levels, codes.grid.symmetric, True
+    levels = getattr(weight.terms[0], "levels", None)
+    if not isinstance(levels, tuple):
+        raise ElastiqError(f"{site.name}: {type(weight.terms[0]).__name__} has no levels; it cannot stand first")
+    return getattr(weight.terms[0], "group_size", site.shape[1]), levels, False, False
 
 
 def _check_rows(unit: str, rows: list[dict[str, Any]], weights: dict[Site, QuantizedWeight]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core import ElastiqError, Width, derive
 from ..linalg import unpack_planes
+from ..runtime.nested import NestedMatrix
 from ..runtime.stored import StoredMatrix, plane_array
 from .reader import CheckpointReader
 
@@ -73,7 +74,10 @@ class View:
         return {key: value for key, value in self.reader.config.items() if key != "quantization_config"}
 
     def codes(self, name: str, bits: int | None = None) -> GridCodes:
-        """One matrix at its width, or at `bits`."""
+        """One matrix at its width, or at `bits`. Raises ElastiqError unless it is nested integer codes and no more."""
+        if not self.matrices[name].coded or self.matrices[name].parts:
+            kinds = ", ".join(sorted({part.kind for part in self.matrices[name].parts}))
+            raise ElastiqError(f"{name}: consists of more than integer codes ({kinds}); export to hf")
         stored, bits = self.matrices[name], bits or self.widths[name]
         arrays = self.reader.read(name, bits)
         codes = unpack_planes([arrays[plane_array(plane)] for plane in range(1, bits + 1)], stored.in_features)
@@ -84,6 +88,17 @@ class View:
         if own != bits:
             scale, zero = derive(scale, zero, own, bits)
         return GridCodes(codes.contiguous(), scale, zero, stored.group_size, bits)
+
+    def dense(self, name: str) -> Tensor:
+        """Values float32 [..., out, in] of one matrix at its width, whatever it consists of."""
+        if self.matrices[name].coded and not self.matrices[name].parts:
+            return self.codes(name).dense()
+        module = NestedMatrix(self.matrices[name], torch.float32)
+        for plane in range(1, self.widths[name] + 1):
+            for _, arrays in self.reader.plane(plane, [name]):
+                module.hold(arrays)
+        module.bits = self.widths[name]
+        return module.dense()
 
     def source_bits(self, name: str) -> int:
         """Width to fit a format without zero points to: below four bits a level's own codes fit it so badly that the

@@ -39,9 +39,17 @@ def quantize_command(
     recipe: Annotated[
         str, typer.Option(help=f"One of {comma(recipes.names())}; `elastiq recipes` tells what they are.")
     ] = "nested",
-    levels: Annotated[str, typer.Option(help="Widths that get scales of their own.")] = "2,3,4,6,8",
-    group_size: Annotated[int, typer.Option(help="Input channels per scale; -1 is the whole row.")] = 64,
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="Range is +-max; no zero points.")] = False,
+    levels: Annotated[
+        str | None,
+        typer.Option(help="Widths that get scales of their own. (default: the recipe's, 2,3,4,6,8 for nested)"),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Input channels per scale; -1 is the whole row. (default: the recipe's, 64 for nested)"),
+    ] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric", help="Range is +-max; no zero points.", show_default=False)
+    ] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Quantize embeddings and output head too.")] = False,
     inputs: Annotated[
         Inputs, typer.Option(help="Calibrate each block on the full or the quantized model's activations.")
@@ -80,14 +88,13 @@ def quantize_command(
         raise typer.BadParameter("--to belongs to --rehearse; a finished checkpoint goes through elastiq export")
     if recipe not in recipes.names():
         raise typer.BadParameter(f"{recipe!r} does not exist; known: {comma(recipes.names())}", param_hint="--recipe")
-    chosen = recipes.get(
-        recipe,
-        levels=widths("--levels", levels),
-        group_size=group_size,
-        symmetric=symmetric,
-        embeddings=embeddings,
-        inputs=inputs.value,
-    )
+    asked = {
+        "levels": None if levels is None else widths("--levels", levels),
+        "group_size": group_size,
+        "symmetric": symmetric,
+    }
+    given = {option: value for option, value in asked.items() if value is not None}
+    chosen = recipes.get(recipe, **given, embeddings=embeddings, inputs=inputs.value)
     if dry_run:
         planned = plan(model, chosen, num_samples=num_samples, seq_len=seq_len, revision=revision)
         write(json, planned.to_dict())

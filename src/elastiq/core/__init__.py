@@ -12,13 +12,27 @@ from .allocation import (
     non_increasing,
 )
 from .error import ElastiqError
-from .grid import MAX_BITS, MIN_SCALE, Grid, derive, to_half
+from .fold import Fold, fold_in, fold_out
+from .grid import MAX_BITS, MIN_SCALE, CodeGrid, Codes, Grid, derive, to_half
 from .level_map import LevelMap, Width, widest, width_counts
+from .part import Kept, Part, is_read
 from .recipe import Recipe
 from .site import Site
 from .stats import Stats
-from .step import Format, Journal, Objective, Solver, Step, Tuned, Tuner, step_from_dict
-from .term import Codes, QuantizedWeight, Term
+from .step import (
+    Compensator,
+    Format,
+    Journal,
+    Objective,
+    Solver,
+    Split,
+    Step,
+    Transform,
+    Tuned,
+    Tuner,
+    step_from_dict,
+)
+from .term import QuantizedWeight, SideTerm, Term
 
 __all__ = [
     "EVIDENCE",
@@ -26,29 +40,40 @@ __all__ = [
     "MIN_SCALE",
     "Allocator",
     "Choices",
+    "CodeGrid",
     "Codes",
+    "Compensator",
     "Damage",
     "ElastiqError",
     "Evidence",
+    "Fold",
     "Format",
     "Grid",
     "Journal",
+    "Kept",
     "LevelMap",
     "Objective",
+    "Part",
     "Problem",
     "QuantizedWeight",
     "Recipe",
     "Sensitivity",
+    "SideTerm",
     "Site",
     "Solution",
     "Solver",
+    "Split",
     "Stats",
     "Step",
     "Term",
+    "Transform",
     "Tuned",
     "Tuner",
     "Width",
     "derive",
+    "fold_in",
+    "fold_out",
+    "is_read",
     "non_increasing",
     "step_from_dict",
     "to_half",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .error import ElastiqError
+from .term import Term
 
 MIN_SCALE = 2.0**-24
 """Smallest positive half-precision number: no stored scale is zero."""
@@ -28,8 +30,33 @@ def derive(scale: Tensor, zero_point: Tensor, from_level: int, to_level: int) ->
     return scale * factor, (zero_point + 0.5) / factor - 0.5
 
 
+class CodeGrid(ABC):
+    """What the codes of a matrix stand for, in any format.
+
+    levels: widths with values of their own, ascending; the last is the width of the codes.
+    """
+
+    levels: tuple[int, ...]
+
+    @property
+    def bits(self) -> int:
+        return self.levels[-1]
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, first: int = 0) -> Tensor:
+        """Codes uint8 nearest to `weight` [out, columns] at the top level; its columns begin at channel `first`."""
+
+    @abstractmethod
+    def dequantize(self, codes: Tensor, level: int, first: int = 0) -> Tensor:
+        """Values float32 of top-level `codes` [out, columns] read at `level` bits."""
+
+    @abstractmethod
+    def term(self, codes: Tensor) -> Term:
+        """The matrix with these top-level codes uint8 [out, in]."""
+
+
 @dataclass(frozen=True)
-class Grid:
+class Grid(CodeGrid):
     """Affine levels: value = scale[level] * (code[level] - zero_point[level]), code[level] = the top `level` bits.
 
     levels: widths with a scale of their own, ascending; the last is the width of the stored codes.
@@ -44,10 +71,6 @@ class Grid:
     zero_point: Tensor
     symmetric: bool = False
 
-    @property
-    def bits(self) -> int:
-        return self.levels[-1]
-
     def parameters(self, level: int) -> tuple[Tensor, Tensor]:
         """(scale, zero_point), each [out, groups], of any level from 1 to `bits`; derived from the nearest lower
         level that has its own (from the lowest, below it)."""
@@ -60,14 +83,15 @@ class Grid:
         return derive(self.scale[index], self.zero_point[index], own, level)
 
     def quantize(self, weight: Tensor, first: int = 0) -> Tensor:
-        """Codes uint8 nearest to `weight` [out, columns] at the top level; its columns begin at channel `first`."""
         scale, zero = self._columns(self.bits, first, weight.shape[1])
         return (weight / scale + zero).round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
 
     def dequantize(self, codes: Tensor, level: int, first: int = 0) -> Tensor:
-        """Values float32 of top-level `codes` [out, columns] read at `level` bits."""
         scale, zero = self._columns(level, first, codes.shape[1])
         return scale * ((codes >> (self.bits - level)).float() - zero)
+
+    def term(self, codes: Tensor) -> Codes:
+        return Codes(codes, self)
 
     def num_bits(self, level: int) -> int:
         """Stored bits of the scales and zero points that a reader of `level` needs."""
@@ -78,3 +102,20 @@ class Grid:
         scale, zero = self.parameters(level)
         group = torch.arange(first, first + width, device=scale.device) // self.group_size
         return scale[:, group], zero[:, group]
+
+
+@dataclass(frozen=True)
+class Codes(Term):
+    """Nested integer codes uint8 [out, in] on a grid: the top r bits are the code of level r.
+
+    Stored as bit planes that kernels read; every other term is a `SideTerm`.
+    """
+
+    codes: Tensor
+    grid: Grid
+
+    def dense(self, level: int) -> Tensor:
+        return self.grid.dequantize(self.codes, level)
+
+    def num_bits(self, level: int) -> int:
+        return self.codes.numel() * level + self.grid.num_bits(level)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .error import ElastiqError
-from .step import Format, Solver, Tuner, step_from_dict
+from .step import Compensator, Format, Solver, Split, Step, Transform, Tuner, step_from_dict
 
+_LISTS = {"transforms": "transform", "splits": "split", "compensators": "compensator"}
+"""Slots that any number of steps may fill, one after the other."""
 _CHOICES = {"inputs": ("full", "quantized"), "token_weights": ("output", "uniform")}
 
 
@@ -20,6 +22,8 @@ class Recipe:
         already quantized blocks before it produce, at the top level).
     token_weights: how much each calibration token counts for a matrix, `output` (by how far its block's output moves
         when the matrix's output does at that token) or `uniform`.
+    transforms, splits, compensators: steps in the order in which they are taken. A matrix that calibration did not
+        reach goes without them.
     tuner: what the finished codes and scales become, judged by the whole model's answers; None leaves them.
     """
 
@@ -29,6 +33,9 @@ class Recipe:
     inputs: str = "full"
     token_weights: str = "output"
     tuner: Tuner | None = None
+    transforms: tuple[Transform, ...] = ()
+    splits: tuple[Split, ...] = ()
+    compensators: tuple[Compensator, ...] = ()
 
     def __post_init__(self) -> None:
         for field, known in _CHOICES.items():
@@ -41,11 +48,19 @@ class Recipe:
 
     @property
     def needs(self) -> frozenset[str]:
-        return self.format.needs | self.solver.needs
+        steps = (self.format, self.solver, *self.transforms, *self.splits, *self.compensators)
+        return frozenset().union(*(step.needs for step in steps))
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All of them, in the order in which they are taken."""
+        tuner = () if self.tuner is None else (self.tuner,)
+        return (*self.transforms, *self.splits, self.format, self.solver, *self.compensators, *tuner)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; an empty slot is left out."""
         tuner = {} if self.tuner is None else {"tuner": self.tuner.to_dict()}
+        lists = {name: [step.to_dict() for step in getattr(self, name)] for name in _LISTS if getattr(self, name)}
         return {
             "format": self.format.to_dict(),
             "solver": self.solver.to_dict(),
@@ -53,15 +68,17 @@ class Recipe:
             "inputs": self.inputs,
             "token_weights": self.token_weights,
             **tuner,
+            **lists,
         }
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Recipe:
         """Raises ElastiqError for an unknown slot, step or parameter."""
         data = dict(data)
-        steps = {slot: step_from_dict(slot, data.pop(slot, {})) for slot in ("format", "solver")}
+        steps: dict[str, Any] = {slot: step_from_dict(slot, data.pop(slot, {})) for slot in ("format", "solver")}
         steps |= {slot: step_from_dict(slot, data.pop(slot)) for slot in ("tuner",) if slot in data}
+        steps |= {name: tuple(step_from_dict(slot, row) for row in data.pop(name, ())) for name, slot in _LISTS.items()}
         unknown = sorted(set(data) - {"embeddings", *_CHOICES})
         if unknown:
             raise ElastiqError(f"recipe: unknown slot {', '.join(unknown)}")
-        return Recipe(**steps, **data)  # type: ignore[arg-type]
+        return Recipe(**steps, **data)

@@ -11,7 +11,7 @@ from .error import ElastiqError
 
 PANEL = 512
 """Columns of a Hessian computed together."""
-FIELDS = frozenset({"hessian", "diagonal", "abs_max"})
+FIELDS = frozenset({"hessian", "diagonal", "abs_max", "abs_mean", "mean", "grad_sq"})
 
 
 @dataclass
@@ -20,7 +20,8 @@ class Stats:
 
     count: rows seen; dropped: rows left out because they held NaN or infinity. total: sum of the rows' weights.
     hessian [in, in]: weighted sum of x xᵀ, float32, no factor 2. diagonal [in]: weighted sum of x². abs_max [in]:
-    largest |x|.
+    largest |x|. mean, abs_mean [in]: weighted sums of x and |x|. grad_sq [out, in]: sum of g² x² with the gradient g
+    that came back to each output; empty until one did.
     """
 
     count: int = 0
@@ -29,6 +30,9 @@ class Stats:
     hessian: Tensor | None = None
     diagonal: Tensor | None = None
     abs_max: Tensor | None = None
+    mean: Tensor | None = None
+    abs_mean: Tensor | None = None
+    grad_sq: Tensor | None = None
 
     @staticmethod
     def empty(in_features: int, needs: frozenset[str] = FIELDS, device: torch.device | str = "cpu") -> Stats:
@@ -36,23 +40,30 @@ class Stats:
         if needs - FIELDS:
             raise ElastiqError(f"statistics: unknown {sorted(needs - FIELDS)}; known: {', '.join(sorted(FIELDS))}")
         zeros = torch.zeros(in_features, device=device)
-        return Stats(
-            hessian=torch.zeros(in_features, in_features, device=device) if "hessian" in needs else None,
-            diagonal=zeros.clone() if "diagonal" in needs else None,
-            abs_max=zeros.clone() if "abs_max" in needs else None,
-        )
+        stats = Stats()
+        for name in needs - {"hessian", "grad_sq"}:
+            setattr(stats, name, zeros.clone())
+        if "hessian" in needs:
+            stats.hessian = torch.zeros(in_features, in_features, device=device)
+        if "grad_sq" in needs:
+            stats.grad_sq = torch.zeros(0, in_features, device=device)
+        return stats
 
-    def update(self, x: Tensor, weights: Tensor | None = None) -> None:
+    def update(self, x: Tensor, weights: Tensor | None = None, gradient: Tensor | None = None) -> None:
         """Add the rows of `x` [..., in], each weighing 1 or as `weights` [...] says (not negative).
+
+        gradient [..., out]: what came back to the rows' outputs, for `grad_sq`.
 
         Rows that are not finite, or whose weight is not, are dropped and counted.
         """
         x = x.detach().reshape(-1, x.shape[-1]).float()
         weights = torch.ones(len(x), device=x.device) if weights is None else weights.detach().reshape(-1).float()
+        gradient = None if gradient is None else gradient.detach().reshape(len(x), -1).float()
         if not bool(torch.isfinite(x.sum() + weights.sum())):  # or the sum alone is too large
             finite = torch.isfinite(x).all(dim=1) & torch.isfinite(weights)
             self.dropped += int((~finite).sum())
             x, weights = x[finite], weights[finite]
+            gradient = None if gradient is None else gradient[finite]
         if not len(x):
             return
         self.count += len(x)
@@ -63,16 +74,23 @@ class Stats:
             self.diagonal += (x.square() * weights.unsqueeze(1)).sum(dim=0)
         if self.abs_max is not None:
             torch.maximum(self.abs_max, x.abs().amax(dim=0), out=self.abs_max)
+        if self.mean is not None:
+            self.mean += weights @ x
+        if self.abs_mean is not None:
+            self.abs_mean += weights @ x.abs()
+        if self.grad_sq is not None and gradient is not None:
+            moved = gradient.square().T @ x.square()
+            self.grad_sq = self.grad_sq + moved if self.grad_sq.numel() else moved
 
     def merge(self, other: Stats) -> Stats:
         """Statistics of both: sums and counts add, the larger maximum is taken. New object."""
+        sums = {name: _both(torch.add, getattr(self, name), getattr(other, name)) for name in FIELDS - {"abs_max"}}
         return Stats(
             count=self.count + other.count,
             total=self.total + other.total,
             dropped=self.dropped + other.dropped,
-            hessian=_both(torch.add, self.hessian, other.hessian),
-            diagonal=_both(torch.add, self.diagonal, other.diagonal),
             abs_max=_both(torch.maximum, self.abs_max, other.abs_max),
+            **sums,
         )
 
     def mean_hessian(self) -> Tensor:
@@ -99,4 +117,6 @@ def _add_products(total: Tensor, x: Tensor) -> None:
 
 
 def _both(join, a: Tensor | None, b: Tensor | None) -> Tensor | None:  # type: ignore[no-untyped-def]
-    return None if a is None or b is None else join(a, b)
+    if a is None or b is None:
+        return None
+    return join(a, b) if a.shape == b.shape else max(a, b, key=Tensor.numel)

@@ -12,9 +12,10 @@ from .error import ElastiqError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .grid import Grid
+    from .fold import Fold
+    from .grid import CodeGrid, Codes
     from .stats import Stats
-    from .term import Codes, Term
+    from .term import SideTerm, Term
 
 
 class Step(ABC):
@@ -72,12 +73,36 @@ class Format(Step, slot="format"):
     levels: tuple[int, ...]
 
     @abstractmethod
-    def fit(self, weight: Tensor, stats: Stats) -> Grid:
+    def fit(self, weight: Tensor, stats: Stats) -> CodeGrid:
         """The grid for `weight` [out, in], or [levels, out, in] where every level has a weight of its own."""
 
     @abstractmethod
     def overhead(self, in_features: int) -> int:
         """Stored bits per output row and level beside the codes: scales and zero points."""
+
+
+class Transform(Step, slot="transform"):
+    """A map of a matrix's input that changes no output of the model, and after which codes do better."""
+
+    @abstractmethod
+    def plan(self, consumers: Sequence[Tensor], stats: Stats, format: Format) -> Fold:
+        """The map for the matrices [out, in] that read one input."""
+
+
+class Split(Step, slot="split"):
+    """Which values are kept apart, in more bits than the codes have."""
+
+    @abstractmethod
+    def split(self, weight: Tensor, format: Format, stats: Stats) -> tuple[Tensor, tuple[SideTerm, ...]]:
+        """What the codes shall stand for [out, in], and the terms that stand for the rest of `weight`."""
+
+
+class Compensator(Step, slot="compensator"):
+    """What is added to make up for what the codes lose."""
+
+    @abstractmethod
+    def fit(self, residual: Tensor, stats: Stats, level: int) -> tuple[SideTerm, ...]:
+        """Terms for `residual` [out, in], the weight less what is read at `level`; they are read at that level."""
 
 
 class Solver(Step, slot="solver"):

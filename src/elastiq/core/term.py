@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import functional as F
 
-from .grid import Grid
+from .fold import Fold, fold_out
+from .part import Part
 
 
 class Term(ABC):
@@ -22,32 +24,43 @@ class Term(ABC):
         """Stored bits that a reader of `level` needs, everything included."""
 
 
-@dataclass(frozen=True)
-class Codes(Term):
-    """Nested integer codes uint8 [out, in] on a grid: the top r bits are the code of level r."""
+class SideTerm(Term, Part):
+    """A term that is not integer codes (`Codes`): of a kind of its own, stored as arrays.
 
-    codes: Tensor
-    grid: Grid
+    A matrix may consist of such terms alone.
+    """
 
-    def dense(self, level: int) -> Tensor:
-        return self.grid.dequantize(self.codes, level)
+    def product(self, x: Tensor, level: int) -> Tensor:
+        """[..., out] that the term adds for x [..., in], in the dtype of x."""
+        return F.linear(x, self.dense(level).to(x.dtype))
+
+    def shift(self, level: int) -> Tensor | None:
+        """[out] that the term adds whatever the input is."""
+        return None
 
     def num_bits(self, level: int) -> int:
-        return self.codes.numel() * level + self.grid.num_bits(level)
+        return Part.num_bits(self, level)
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix as the sum of its terms, most important first."""
+    """A matrix as the sum of its terms, most important first, behind the folds of its input, the first one first."""
 
     terms: tuple[Term, ...]
+    folds: tuple[Fold, ...] = ()
 
     def dequantize(self, level: int) -> Tensor:
         """[out, in] float32 at `level` bits."""
         total = self.terms[0].dense(level)
         for term in self.terms[1:]:
             total = total + term.dense(level)
-        return total
+        return fold_out(self.folds, total)
+
+    def shift(self, level: int) -> Tensor | None:
+        """[out] added to the output whatever the input is, None for nothing."""
+        shifts = [term.shift(level) for term in self.terms if isinstance(term, SideTerm)]
+        found = [shift for shift in shifts if shift is not None]
+        return sum(found[1:], found[0]) if found else None
 
     def num_bits(self, level: int) -> int:
-        return sum(term.num_bits(level) for term in self.terms)
+        return sum(term.num_bits(level) for term in self.terms) + sum(fold.num_bits(level) for fold in self.folds)

@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from typing import Any
 
 from ..core import ElastiqError, Recipe
+from .any_precision import any_precision
+from .awq import awq
+from .bias import bias
+from .bitstack import bitstack
+from .decoupleq import decoupleq
+from .fp8 import fp8
 from .gptq import gptq
+from .llm_int8 import llm_int8
+from .lorc import lorc
+from .mx import mx
 from .nested import nested
 from .nested_tuned import nested_tuned
+from .nf4 import nf4
+from .nv import nv
+from .pb_llm import pb_llm
+from .quarot import quarot
 from .rtn import rtn
+from .smoothquant import smoothquant
+from .spqr import spqr
 
-_ALL: dict[str, Callable[..., Recipe]] = {"nested": nested, "nested-tuned": nested_tuned, "gptq": gptq, "rtn": rtn}
+_RECIPES: tuple[Callable[..., Recipe], ...] = (
+    nested,
+    nested_tuned,
+    gptq,
+    rtn,
+    any_precision,
+    awq,
+    bias,
+    bitstack,
+    decoupleq,
+    fp8,
+    llm_int8,
+    lorc,
+    mx,
+    nf4,
+    nv,
+    pb_llm,
+    quarot,
+    smoothquant,
+    spqr,
+)
+_ALL = {recipe.__name__.replace("_", "-"): recipe for recipe in _RECIPES}
 
 
 def names() -> tuple[str, ...]:
@@ -20,10 +58,45 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str, **options: Any) -> Recipe:
-    """The recipe called `name` with these options. Raises ElastiqError for a name that does not exist."""
+    """The recipe called `name` with these options. Raises ElastiqError for a name or an option that does not exist."""
     if name not in _ALL:
         raise ElastiqError(f"recipe {name!r} does not exist; known: {', '.join(_ALL)}")
+    known = _options(_ALL[name])
+    if known and (unknown := sorted(set(options) - set(known))):
+        raise ElastiqError(f"recipe {name}: it has no {', '.join(unknown)}; known: {', '.join(known)}")
     return _ALL[name](**options)
 
 
-__all__ = ["get", "gptq", "names", "nested", "nested_tuned", "rtn"]
+def _options(recipe: Callable[..., Recipe]) -> list[str]:
+    """What a recipe takes: its own parameters, and the slots of `Recipe` it leaves open; empty where it hands what it
+    does not know to another step."""
+    named = inspect.signature(recipe).parameters
+    if "recipe" not in named:
+        return []
+    slots = (field.name for field in fields(Recipe) if field.default is not MISSING)
+    return [*(name for name in named if name != "recipe"), *slots]
+
+
+__all__ = [
+    "any_precision",
+    "awq",
+    "bias",
+    "bitstack",
+    "decoupleq",
+    "fp8",
+    "get",
+    "gptq",
+    "llm_int8",
+    "lorc",
+    "mx",
+    "names",
+    "nested",
+    "nested_tuned",
+    "nf4",
+    "nv",
+    "pb_llm",
+    "quarot",
+    "rtn",
+    "smoothquant",
+    "spqr",
+]

@@ -76,7 +76,9 @@ def _is_plain_block(block: Any) -> bool:
     if _children(mlp) != {*_MLP, "act_fn"} or type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         return False
     has_own_rules = getattr(attention, "sliding_window", None) is not None or not hasattr(attention, "scaling")
-    return not has_own_rules and all(isinstance(matrix, NestedLinear) for matrix in _matrices(block))
+    return not has_own_rules and all(
+        isinstance(matrix, NestedLinear) and not matrix.stored.parts for matrix in _matrices(block)
+    )
 
 
 def _children(module: nn.Module) -> set[str]:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import ElastiqError, Width
+from ..core import ElastiqError, Fold, SideTerm, Width, fold_out
 from ..kernels.matmul import TiledWeight, decode, matmul, tile_plane, tile_scale, untile_plane, untile_scale
 from .stored import StoredMatrix, plane_array, readable_widths
+
+_BITS = {2: torch.int16, 4: torch.int32}
+"""Type that holds the bits of a float of so many bytes."""
 
 
 class NestedMatrix(nn.Module):
@@ -74,9 +77,12 @@ class NestedMatrix(nn.Module):
         found = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
         if found != specs:
             raise ElastiqError(f"{self.stored.name}: plane {self._planes + 1} is {found}, not {specs}")
+        coded = self.stored.code_arrays(self._planes + 1) if self.stored.coded else {}
         for name, array in arrays.items():
-            order = tile_plane if array.dtype == torch.uint8 else tile_scale
-            self.register_buffer(name, order(array.to(self._like.device)))
+            array = array.to(self._like.device)
+            if name in coded:
+                array = tile_plane(array) if array.dtype == torch.uint8 else tile_scale(array)
+            self.register_buffer(name, array)
         self._planes += 1
         NestedMatrix.changes += 1
 
@@ -85,31 +91,66 @@ class NestedMatrix(nn.Module):
         *_, rows, inputs = self.stored.shape
         held = {}
         for plane in range(1, self._planes + 1):
+            coded = self.stored.code_arrays(plane) if self.stored.coded else {}
             for name, (dtype, _) in self.stored.arrays(plane).items():
                 array = self.get_buffer(name)
+                if name not in coded:
+                    held[name] = array
+                    continue
                 held[name] = untile_plane(array, rows, inputs) if dtype == torch.uint8 else untile_scale(array, rows)
         return held
 
     def dense(self, index: Tensor | int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values at `bits`: the whole matrix, or the rows (of experts: the one matrix) that `index` picks."""
-        weight = self.tiled()
-        if len(self.stored.shape) == 2:
-            return decode(weight, cast(Tensor | None, index), dtype)
-        if index is None:
+        if len(self.stored.shape) == 3 and index is None:
             return torch.stack([self.dense(expert, dtype) for expert in range(self.stored.shape[0])])
-        planes, scale, zero_point, *rest = weight
-        zero_point = None if zero_point is None else zero_point[index]
-        return decode(TiledWeight([plane[index] for plane in planes], scale[index], zero_point, *rest), None, dtype)
+        if not self.stored.parts:
+            return self._coded(index, dtype)
+        rows, expert = (index, None) if len(self.stored.shape) == 2 else (None, int(cast(int, index)))
+        folds, terms = self.restored(expert)
+        values = [term.dense(self._bits) for term in terms]
+        if self.stored.coded:
+            values.append(self._coded(expert, torch.float32))
+        whole = fold_out(folds, sum(values[1:], values[0])).to(dtype)
+        return whole if rows is None else whole[rows]
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + bias at `bits`, in the dtype of x; by way of the dense matrix if gradients are asked for."""
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return F.linear(x, self.dense().to(x.dtype), bias)
-        return matmul(x, self.tiled(), bias, self.activations)
+            _, terms = self.restored()
+            return _shifted(F.linear(x, self.dense().to(x.dtype), bias), terms, self._bits)
+        if not self.stored.parts:
+            return matmul(x, self.tiled(), bias, self.activations)
+        folds, terms = self.restored()
+        for fold in folds:
+            x = fold.forward(x)
+        y = matmul(x, self.tiled(), bias, self.activations) if self.stored.coded else None
+        for term in terms:
+            product = term.product(x, self._bits)
+            y = product if y is None else y + product
+        assert y is not None
+        if bias is not None and not self.stored.coded:
+            y = y + bias.to(y.dtype)
+        return _shifted(y, terms, self._bits)
+
+    def restored(self, expert: int | None = None) -> tuple[list[Fold], list[SideTerm]]:
+        """Folds and side terms of the matrix, or of one expert, over the arrays held here."""
+        held = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        found = [part.restore(held) for part in self.stored.parts if part.expert == expert]
+        return [p for p in found if isinstance(p, Fold)], [p for p in found if isinstance(p, SideTerm)]
+
+    def _coded(self, index: Tensor | int | None, dtype: torch.dtype) -> Tensor:
+        """What the nested integer codes alone say, as `dense` picks."""
+        weight = self.tiled()
+        if len(self.stored.shape) == 2:
+            return decode(weight, cast(Tensor | None, index), dtype)
+        planes, scale, zero_point, *rest = weight
+        zero_point = None if zero_point is None else zero_point[index]
+        return decode(TiledWeight([plane[index] for plane in planes], scale[index], zero_point, *rest), None, dtype)
 
     def read_arrays(self) -> list[Tensor]:
         """The arrays that reading at `bits` touches."""
-        return [self.get_buffer(name) for name in self._names]
+        return [self.get_buffer(name) for name in self.stored.read_names(self._bits)]
 
     def tiled(self) -> TiledWeight:
         """The matrix at `bits` as products read it; its arrays are those held here."""
@@ -133,19 +174,27 @@ class NestedMatrix(nn.Module):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves between devices apply to scales and zero points, changes of dtype do not."""
-        stored = ("scale_", "zero_point_")
-        halves = {id(buffer) for name, buffer in self.named_buffers(recurse=False) if name.startswith(stored)}
+        """Moves between devices apply to what is stored, changes of dtype do not."""
+        names = {name for plane in range(1, self._planes + 1) for name in self.stored.arrays(plane)}
+        kept = {id(b) for n, b in self.named_buffers(recurse=False) if n in names and b.is_floating_point()}
 
-        def keep_half(tensor: Tensor) -> Tensor:
-            if id(tensor) in halves:
-                return fn(tensor.view(torch.int16)).view(torch.float16)
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            if id(tensor) in kept:
+                return fn(tensor.view(_BITS[tensor.element_size()])).view(tensor.dtype)
             return fn(tensor)
 
         NestedMatrix.changes += 1
         self._tiled = None  # some moves leave the tensors and change where they lie
-        return super()._apply(keep_half, recurse)
+        return super()._apply(keep_dtype, recurse)
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.stored.shape))
         return f"{shape}, bits={self._bits}, max_bits={self._planes}, group_size={self.stored.group_size}"
+
+
+def _shifted(y: Tensor, terms: list[SideTerm], level: int) -> Tensor:
+    for term in terms:
+        shift = term.shift(level)
+        if shift is not None:
+            y = y + shift.to(y.dtype)
+    return y

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from ..core import Width, width_counts
+from ..core import ElastiqError, Part, Width, is_read, width_counts
 
 ROLES = ("linear", "conv1d", "expert", "embedding", "head")
 
@@ -21,6 +23,39 @@ def plane_array(plane: int) -> str:
 
 
 @dataclass(frozen=True)
+class StoredArray:
+    """An array of a part; plane and levels as in `core.Kept`."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    plane: int
+    levels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A fold or a side term of a matrix, or of one expert.
+
+    prefix: before the short names of its arrays in the checkpoint; empty for what stands in the place of codes.
+    arrays: by short name. facts: what its class gave to be restored with.
+    """
+
+    kind: str
+    prefix: str
+    arrays: Mapping[str, StoredArray]
+    facts: Mapping[str, Any]
+    expert: int | None = None
+
+    def restore(self, found: Mapping[str, torch.Tensor]) -> Part:
+        """The part from the matrix's arrays that are there; what belongs to planes not there is left out."""
+        arrays = {name: found[self.prefix + name] for name in self.arrays if self.prefix + name in found}
+        try:
+            return Part.registry[self.kind].restore(arrays, self.facts)
+        except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise ElastiqError(f"{self.kind}: the stored arrays do not make one ({error})") from error
+
+
+@dataclass(frozen=True)
 class StoredMatrix:
     """One nested matrix, or all expert matrices of one fused tensor.
 
@@ -29,6 +64,8 @@ class StoredMatrix:
     group_size: input channels per scale; the last group of a row may be shorter.
     levels: widths with scales of their own, ascending.
     symmetric: zero points are the middle of the range and not stored.
+    coded: it has nested integer codes; otherwise it consists of `parts` alone.
+    parts: folds and side terms, those of one expert in their order.
     """
 
     name: str
@@ -37,6 +74,8 @@ class StoredMatrix:
     group_size: int
     levels: tuple[int, ...]
     symmetric: bool = False
+    coded: bool = True
+    parts: tuple[StoredPart, ...] = field(default=())
 
     @property
     def out_features(self) -> int:
@@ -52,6 +91,11 @@ class StoredMatrix:
 
     def arrays(self, plane: int) -> dict[str, ArraySpec]:
         """Arrays that travel with `plane` (from 1), by short name; the lowest level's scales travel with plane 1."""
+        specs = self.code_arrays(plane) if self.coded else {}
+        return specs | {name: (a.dtype, a.shape) for name, a in self._part_arrays() if a.plane == plane}
+
+    def code_arrays(self, plane: int) -> dict[str, ArraySpec]:
+        """Those of them that belong to nested integer codes."""
         packed = (*self.shape[:-1], -(-self.in_features // 8))
         specs: dict[str, ArraySpec] = {plane_array(plane): (torch.uint8, packed)}
         level = self.levels[0] if plane == 1 else plane
@@ -63,28 +107,46 @@ class StoredMatrix:
         """Short names of the scales and zero points of a level that has its own."""
         return (f"scale_{level}",) if self.symmetric else (f"scale_{level}", f"zero_point_{level}")
 
+    def read_names(self, bits: int) -> list[str]:
+        """Short names of the arrays that a reader of `bits` needs."""
+        names = [name for name, a in self._part_arrays() if is_read(a.plane, a.levels, bits)]
+        if not self.coded:
+            return names
+        return [*map(plane_array, range(1, bits + 1)), *self.scale_arrays(self.scale_level(bits)), *names]
+
     @property
     def members(self) -> int:
-        """How many parts may have a width of their own: experts of a fused tensor, rows of a linear layer, else one."""
-        return 1 if self.role == "embedding" else self.shape[0]
+        """How many parts may have a width of their own: experts of a fused tensor, rows of a linear layer, else one.
+        A matrix with folds or side terms is read at one width."""
+        return 1 if self.role == "embedding" or self.parts else self.shape[0]
 
     def some(self, count: int) -> StoredMatrix:
         """As many of the members, as a matrix."""
         return replace(self, shape=(count, *self.shape[1:]))
 
     def num_bits(self, bits: Width) -> int:
-        """Stored bits that a reader of `bits` (at most the top level) needs: planes, scales and zero points; a byte for
-        each member where it says its width."""
+        """Stored bits that a reader of `bits` (at most the top level) needs: planes, scales, zero points and parts; a
+        byte for each member where it says its width."""
         if isinstance(bits, str):
             counts = width_counts(bits, self.members)
             return 8 * len(bits) + sum(self.some(count).num_bits(width) for width, count in counts.items())
-        plane = math.prod(self.arrays(1)["weight"][1]) * 8
+        parts = sum(
+            8 * math.prod(a.shape) * a.dtype.itemsize
+            for _, a in self._part_arrays()
+            if is_read(a.plane, a.levels, bits)
+        )
+        if not self.coded:
+            return parts
+        plane = math.prod(self.code_arrays(1)["weight"][1]) * 8
         scales = len(self.scale_arrays(self.levels[0])) * math.prod(self._scale_shape()) * 16
-        return bits * plane + scales
+        return bits * plane + scales + parts
 
     def scale_level(self, bits: int) -> int:
         """The level whose scales a reader of `bits` uses: the nearest lower one, or the lowest."""
         return max((level for level in self.levels if level <= bits), default=self.levels[0])
+
+    def _part_arrays(self) -> Iterator[tuple[str, StoredArray]]:
+        return ((part.prefix + name, array) for part in self.parts for name, array in part.arrays.items())
 
     def _scale_shape(self) -> tuple[int, ...]:
         return (*self.shape[:-1], -(-self.in_features // self.group_size))

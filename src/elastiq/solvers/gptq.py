@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..core import Codes, Format, Solver, Stats, Term
+from ..core import Codes, Format, Grid, Solver, Stats, Term
 from ..linalg import cholesky, streams
 from ..linalg.columns import Nest
+from ..linalg.on_grid import solve_on_grid
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class GPTQ(Solver, name="gptq"):
         both 0 is the published algorithm. They are what differs from the paper, as are the fractional zero points.
     block_size: columns per lazy update (section 3.3, step 2); changes nothing but speed.
 
+    On a format that is not affine it is the published algorithm, on scales fitted beforehand.
     With several levels the codes are those of the top level; lower levels refit their scales on its top bits.
     """
 
@@ -40,10 +42,13 @@ class GPTQ(Solver, name="gptq"):
             order = hessian.diagonal().argsort(descending=True, stable=True)
             hessian = hessian[order][:, order]
         damped, upper, _ = cholesky.factor_with_retry(hessian, self.damp, "gptq")
+        grid = format.fit(weight, stats)
+        if not isinstance(grid, Grid):
+            return (grid.term(solve_on_grid(weight, upper, grid, order, self.block_size)),)
         del hessian  # it is as large as all else here
         nest = Nest(format.levels[-1:], (1.0,))
         search = streams.Search(self.refits, self.passes, 0, self.block_size)
-        codes, grid = streams.solve(weight, damped, upper, nest, format.fit(weight, stats), search, order)
+        codes, grid = streams.solve(weight, damped, upper, nest, grid, search, order)
         if order is not None:
             inverse = order.argsort()
             damped = damped[inverse][:, inverse]

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..core import Codes, ElastiqError, Format, Solver, Stats, Term
+from ..core import Codes, ElastiqError, Format, Grid, Solver, Stats, Term
 from ..linalg import cholesky, streams
 from ..linalg.columns import Nest
 
@@ -44,9 +44,12 @@ class Nested(Solver, name="nested"):
 
     def solve(self, weight: Tensor, format: Format, stats: Stats) -> tuple[Term, ...]:
         damped, upper, _ = cholesky.factor_with_retry(stats.mean_hessian().to(weight.device), self.damp, "nested")
+        grid = format.fit(weight, stats)
+        if not isinstance(grid, Grid):
+            raise ElastiqError(f"nested: it chooses integer codes, not those of {format.name}; use rtn or gptq with it")
         nest = Nest(format.levels, self.level_weights(format.levels), self.beam)
         search = streams.Search(self.refits, self.passes, self.refines, self.block_size)
-        return (Codes(*streams.solve(weight, damped, upper, nest, format.fit(weight, stats), search)),)
+        return (Codes(*streams.solve(weight, damped, upper, nest, grid, search)),)
 
     def level_weights(self, levels: tuple[int, ...]) -> tuple[float, ...]:
         """The weights in force; raises ElastiqError if there is not one per level."""

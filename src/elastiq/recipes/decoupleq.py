@@ -1,0 +1,19 @@
+"""Recipe `decoupleq`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core import Recipe
+from ..formats import Integer
+from ..solvers import DecoupleQ
+
+
+def decoupleq(
+    levels: tuple[int, ...] = (2,), group_size: int = 64, *, symmetric: bool = False, **recipe: Any
+) -> Recipe:
+    """decoupleQ: integer part and floating part in turn.
+
+    recipe: as in `Recipe`.
+    """
+    return Recipe(Integer(tuple(levels), group_size, symmetric), DecoupleQ(), **recipe)

@@ -1,0 +1,17 @@
+"""Recipe `nf4`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core import Recipe
+from ..formats import NormalFloat
+from ..solvers import RoundToNearest
+
+
+def nf4(number: str = "nf4", group_size: int = 64, scales: str = "double", **recipe: Any) -> Recipe:
+    """QLoRA's NF4 (or FP4) with double-quantized scales.
+
+    recipe: as in `Recipe`.
+    """
+    return Recipe(NormalFloat(number, group_size, scales), RoundToNearest(), **recipe)

@@ -1,0 +1,25 @@
+"""Recipe `spqr`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core import Recipe
+from ..formats import Integer
+from ..solvers import GPTQ
+from ..splits import SensitiveWeights
+
+
+def spqr(
+    levels: tuple[int, ...] = (3,),
+    group_size: int = 64,
+    share: float = 0.01,
+    *,
+    symmetric: bool = False,
+    **recipe: Any,
+) -> Recipe:
+    """GPTQ with the most sensitive weights sparse in 16 bits.
+
+    share: of the weights. Everything else as in `Integer` and `Recipe`.
+    """
+    return Recipe(Integer(tuple(levels), group_size, symmetric), GPTQ(), splits=(SensitiveWeights(share),), **recipe)

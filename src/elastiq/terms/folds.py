@@ -1,0 +1,130 @@
+"""Maps of a matrix's input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..core import Fold, Kept, Stats, to_half
+from ..linalg import pack_planes, unpack_planes
+
+
+@dataclass(frozen=True)
+class Diagonal(Fold, kind="diagonal"):
+    """T x = x / scale, with scale float16 [in]."""
+
+    scale: Tensor
+
+    @staticmethod
+    def of(scale: Tensor) -> Diagonal:
+        """The nearest that half precision holds."""
+        return Diagonal(to_half(scale).clamp_min(2.0**-14).half())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.scale.to(x.dtype)
+
+    def into(self, weight: Tensor) -> Tensor:
+        return weight * self.scale.float()
+
+    def out_of(self, weight: Tensor) -> Tensor:
+        return weight / self.scale.float()
+
+    def stats(self, stats: Stats) -> Stats:
+        s = self.scale.float()
+
+        def over(x: Tensor | None, by: Tensor) -> Tensor | None:
+            return None if x is None else x / by
+
+        return replace(
+            stats,
+            hessian=over(stats.hessian, s * s[:, None]),
+            diagonal=over(stats.diagonal, s * s),
+            abs_max=over(stats.abs_max, s),
+            mean=over(stats.mean, s),
+            abs_mean=over(stats.abs_mean, s),
+            grad_sq=over(stats.grad_sq, s * s),
+        )
+
+    def kept(self) -> dict[str, Kept]:
+        return {"scale": Kept(self.scale)}
+
+    @classmethod
+    def restore(cls, arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
+        return cls(arrays["scale"])
+
+
+@dataclass(frozen=True)
+class Hadamard(Fold, kind="hadamard"):
+    """T = (H_p ⊗ C_m) diag(signs) for in = p m with p the largest power of two: Walsh-Hadamard of size p and, where
+    the size is not a power of two, the orthogonal Hartley matrix C_m of what is left; both normalised.
+
+    signs: one bit per channel, uint8 [ceil(in / 8)].
+    """
+
+    signs: Tensor
+    in_features: int
+
+    @staticmethod
+    def of(signs: Tensor) -> Hadamard:
+        """From bool [in]."""
+        return Hadamard(pack_planes(signs.to(torch.uint8), 1)[0], len(signs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _mix(x * self._signs(x))
+
+    def into(self, weight: Tensor) -> Tensor:
+        return self.forward(weight)  # W Tᵀ: every row goes the way of x
+
+    def out_of(self, weight: Tensor) -> Tensor:
+        return _mix(weight) * self._signs(weight)  # the mix is symmetric and orthogonal: its own inverse
+
+    def stats(self, stats: Stats) -> Stats:
+        if stats.hessian is None:
+            return Stats(stats.count, stats.total, stats.dropped)
+        hessian = self.forward(self.forward(stats.hessian).T).contiguous()
+        mean = None if stats.mean is None else self.forward(stats.mean)
+        diagonal = hessian.diagonal().clone()
+        return Stats(stats.count, stats.total, stats.dropped, hessian, diagonal, mean=mean)
+
+    def kept(self) -> dict[str, Kept]:
+        return {"signs": Kept(self.signs)}
+
+    def facts(self) -> dict[str, Any]:
+        return {"in_features": self.in_features}
+
+    @classmethod
+    def restore(cls, arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
+        return cls(arrays["signs"], int(facts["in_features"]))
+
+    def _signs(self, like: Tensor) -> Tensor:
+        return unpack_planes([self.signs], self.in_features).to(like.dtype) * 2 - 1
+
+
+def _mix(x: Tensor) -> Tensor:
+    """(H_p ⊗ C_m) x along the last axis, of size p m."""
+    size = x.shape[-1]
+    power = size & -size
+    out = x.unflatten(-1, (power, size // power))
+    if size > power:
+        out = out @ _hartley(size // power).to(out)
+    step = 1
+    while step < power:
+        pairs = out.unflatten(-2, (-1, 2, step))
+        first, second = pairs[..., 0, :, :], pairs[..., 1, :, :]
+        out = torch.stack([first + second, first - second], dim=-3).flatten(-4, -2)
+        step *= 2
+    return out.flatten(-2) / math.sqrt(power)
+
+
+@cache
+def _hartley(size: int) -> Tensor:
+    """[size, size] symmetric and orthogonal, float64: (cos + sin)(2 pi i j / size) / sqrt(size)."""
+    turn = torch.arange(size, dtype=torch.float64)
+    angle = 2 * math.pi * (turn * turn[:, None] % size) / size
+    return (angle.cos() + angle.sin()) / math.sqrt(size)

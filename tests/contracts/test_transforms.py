@@ -1,0 +1,112 @@
+"""What every registered transform must do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from contracts.data import output_error, weight_and_stats
+from torch import Tensor
+
+from elastiq.core import Codes, ElastiqError, Fold, Stats, Step, Transform, fold_in, fold_out, step_from_dict
+from elastiq.formats import Integer
+from elastiq.solvers import GPTQ
+from elastiq.transforms import ActivationAware, RandomHadamard, SmoothQuant
+
+CASES: list[Transform] = [ActivationAware(steps=6), RandomHadamard(), RandomHadamard(seed=3), SmoothQuant()]
+WIDTHS = [128, 96, 200, 65]
+FORMAT = Integer((4,), 32)
+
+
+def test_every_registered_transform_has_a_case() -> None:
+    assert set(Step.registry["transform"]) == {type(case).name for case in CASES}
+
+
+def planned(transform: Transform, width: int) -> tuple[list[Tensor], Stats, Tensor, Fold]:
+    """Two matrices that read one input, its statistics, its rows, and what the transform makes of them."""
+    consumers = [weight_and_stats(24, width, seed=seed)[0] for seed in (0, 1)]
+    x = torch.randn(200, width, generator=torch.Generator().manual_seed(2))
+    x[:, ::37] *= 10
+    stats = Stats.empty(width)
+    stats.update(x)
+    return consumers, stats, x, transform.plan(consumers, stats, FORMAT)
+
+
+@pytest.mark.parametrize("transform", CASES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_contract(transform: Transform, width: int) -> None:
+    """The function is unchanged, and the statistics are those of what the matrix is given then."""
+    consumers, stats, x, fold = planned(transform, width)
+    for weight in consumers:
+        inner = fold.into(weight)
+        moved = fold.forward(x)
+        expected_output = x.double() @ weight.double().T
+        torch.testing.assert_close(moved.double() @ inner.double().T, expected_output, rtol=0, atol=1e-5)
+        torch.testing.assert_close(fold.out_of(inner), weight, rtol=1e-4, atol=1e-7)
+        assert not torch.allclose(inner, weight, rtol=1e-3), "it does something"
+    again = transform.plan(consumers, stats, FORMAT)
+    assert torch.equal(again.forward(x), fold.forward(x)), "same input, same map"
+    expected, got = Stats.empty(width), fold.stats(stats)
+    expected.update(fold.forward(x))
+    assert got.count == 200 and got.total == 200
+    for name in ("hessian", "diagonal", "abs_max", "abs_mean", "mean"):
+        found = getattr(got, name)
+        if found is not None:
+            torch.testing.assert_close(found, getattr(expected, name), rtol=2e-4, atol=2e-2)
+    assert got.hessian is not None and got.diagonal is not None
+
+
+@pytest.mark.parametrize("transform", CASES, ids=str)
+def test_folds_come_back_from_their_arrays(transform: Transform) -> None:
+    *_, x, fold = planned(transform, 96)
+    facts = json.loads(json.dumps(fold.facts()))
+    again = type(fold).restore({name: kept.array for name, kept in fold.kept().items()}, facts)
+    assert torch.equal(again.forward(x), fold.forward(x))
+    assert fold.num_bits(2) == sum(8 * kept.array.nbytes for kept in fold.kept().values()) <= 16 * 96
+
+
+@pytest.mark.parametrize("transform", CASES, ids=str)
+def test_round_trip_as_data(transform: Transform) -> None:
+    assert step_from_dict("transform", transform.to_dict()) == transform
+
+
+def test_one_after_the_other() -> None:
+    """SmoothQuant, then a rotation: undone in the opposite order."""
+    consumers, stats, x, first = planned(SmoothQuant(), 96)
+    second = RandomHadamard().plan([first.into(weight) for weight in consumers], first.stats(stats), FORMAT)
+    inner = fold_in((first, second), consumers[0])
+    torch.testing.assert_close(fold_out((first, second), inner), consumers[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(second.forward(first.forward(x)) @ inner.T, x @ consumers[0].T, rtol=0, atol=1e-4)
+    with pytest.raises(ElastiqError, match="put it before a rotation"):
+        SmoothQuant().plan(consumers, second.stats(stats), FORMAT)
+
+
+def test_rounding_behind_awq_is_better_than_rounding() -> None:
+    consumers, stats, _, fold = planned(ActivationAware(), 128)
+    weight, format = consumers[0], Integer((3,), 32)
+
+    def error(w: Tensor, s: Stats) -> Tensor:
+        grid = format.fit(w, s)
+        return grid.dequantize(grid.quantize(w), 3)
+
+    plain = output_error(weight, error(weight, stats), stats)
+    behind = output_error(weight, fold.out_of(error(fold.into(weight), fold.stats(stats))), stats)
+    assert behind < 0.9 * plain
+
+
+def test_a_rotation_flattens_outliers() -> None:
+    """Weights with large channels have a far smaller range behind it, and GPTQ a smaller error on whole rows."""
+    consumers, stats, _, fold = planned(RandomHadamard(), 128)
+    weight = consumers[0].clone()
+    weight[:, 5] *= 30
+    inner = fold.into(weight)
+    assert float(inner.abs().max()) < 0.4 * float(weight.abs().max())
+
+    def solved(w: Tensor, s: Stats) -> Tensor:
+        (term,) = GPTQ().solve(w, Integer((3,), -1), s)
+        assert isinstance(term, Codes)
+        return term.dense(3)
+
+    behind = fold.out_of(solved(inner, fold.stats(stats)))
+    assert output_error(weight, behind, stats) < output_error(weight, solved(weight, stats), stats)
