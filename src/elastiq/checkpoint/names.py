@@ -17,8 +17,9 @@ CHECKSUMS = "checksums.json"
 SENSITIVITY = "sensitivity.json"
 PARTIAL_SENSITIVITY = "sensitivity.partial.json"
 TASKS = "tasks.json"
+EVALUATION = "evaluation.json"
 CARD = "README.md"
-MADE_LATER = frozenset({"evaluation.json", "report.html", SENSITIVITY, PARTIAL_SENSITIVITY, TASKS, CARD})
+MADE_LATER = frozenset({EVALUATION, "report.html", SENSITIVITY, PARTIAL_SENSITIVITY, TASKS, CARD})
 """Files that other commands put beside a finished checkpoint; checksums do not cover them."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")

@@ -39,19 +39,18 @@ def slice_checkpoint(path: str | Path, bits: int, output: str | Path) -> None:
         sync_directory(output.parent)
 
 
-def _fill(work: Path, reader: CheckpointReader, bits: int) -> None:
+def narrow(directory: Path, reader: CheckpointReader, bits: int) -> None:
+    """Make config.json, index and checksums of `directory` those of its checkpoint's first `bits` planes.
+
+    It holds intact files of the reader's checkpoint, with no plane beyond.
+    """
     manifest = dataclasses.replace(reader.manifest, planes=bits)
-    all_planes = {plane_file(plane) for plane in range(1, reader.manifest.planes + 1)}
-    needed = {BASE, *(plane_file(plane) for plane in range(1, bits + 1))}
-    digests: dict[str, dict[str, Any]] = {}
-    for name, digest in sorted(reader.digests.items()):
-        source = reader.path / name
-        if name in (CONFIG, INDEX) or (name in all_planes and name not in needed) or not source.is_file():
-            continue
-        digests[name] = write_durably(work / name, range_chunks(source, 0, source.stat().st_size))
-        if digests[name]["sha256"] != digest:
-            raise ElastiqError(f"{source}: altered (its checksum is not the recorded one); copy it again")
-    uncovered = sorted(needed - set(digests))
+    digests: dict[str, dict[str, Any]] = {
+        name: {"sha256": digest, "size": (directory / name).stat().st_size}
+        for name, digest in reader.digests.items()
+        if name not in (CONFIG, INDEX) and (directory / name).is_file()
+    }
+    uncovered = sorted({BASE, *map(plane_file, range(1, bits + 1))} - set(digests))
     if uncovered:
         raise ElastiqError(f"{reader.path}: checksums.json does not cover {uncovered[0]}; copy it from the original")
     documents = {
@@ -59,6 +58,18 @@ def _fill(work: Path, reader: CheckpointReader, bits: int) -> None:
         INDEX: index(manifest, reader.base_specs),
     }
     for name, data in documents.items():
-        digests[name] = write_durably(work / name, [json_bytes(data, name)])
-    write_durably(work / CHECKSUMS, [json_bytes(checksums(digests), CHECKSUMS)])
-    sync_directory(work)
+        digests[name] = write_durably(directory / name, [json_bytes(data, name)])
+    write_durably(directory / CHECKSUMS, [json_bytes(checksums(digests), CHECKSUMS)])
+    sync_directory(directory)
+
+
+def _fill(work: Path, reader: CheckpointReader, bits: int) -> None:
+    beyond = {plane_file(plane) for plane in range(bits + 1, reader.manifest.planes + 1)}
+    for name, digest in sorted(reader.digests.items()):
+        source = reader.path / name
+        if name in (CONFIG, INDEX) or name in beyond or not source.is_file():
+            continue
+        written = write_durably(work / name, range_chunks(source, 0, source.stat().st_size))
+        if written["sha256"] != digest:
+            raise ElastiqError(f"{source}: altered (its checksum is not the recorded one); copy it again")
+    narrow(work, reader, bits)

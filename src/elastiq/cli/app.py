@@ -22,6 +22,7 @@ err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=
 
 _INTERRUPTED = 130
 _KEPT = {
+    "pull": "; files that are whole are kept, the same command goes on",
     "quantize": "; finished blocks are kept, the same command resumes",
     "sensitivity": "; what was measured is kept, the same command resumes",
 }

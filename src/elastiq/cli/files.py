@@ -1,4 +1,4 @@
-"""report, slice, export, import: other files made of a checkpoint, or the way back."""
+"""report, slice, push, pull, export, import: other files made of a checkpoint, or the way back."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from ..checkpoint import CheckpointReader, slice_checkpoint
 from ..core import MAX_BITS
 from ..evaluate import megabytes, write_card
 from ..export import TARGETS, export
+from ..hub import pull, push
 from ..importing import import_model
 from ..report import write_report
 from ..report.terminal import comma, out, printable, show_export
 from .app import app
-from .options import Checkpoint, Format, Json, Map, write
+from .options import Checkpoint, Format, Json, Map, Revision, write
 
 
 @app.command("report")
@@ -40,9 +41,39 @@ def slice_command(
     """Write a smaller directory that holds the first BITS planes of CHECKPOINT."""
     slice_checkpoint(checkpoint, bits, output)
     write_card(output)
-    reader = CheckpointReader(output)
-    size = megabytes(sum(file.stat().st_size for file in output.iterdir()))
-    out.print(f"{output}: {comma(reader.available)} bits, {size}")
+    _show_directory(output)
+
+
+@app.command("push")
+def push_command(
+    checkpoint: Checkpoint,
+    repository: Annotated[str, typer.Argument(help="USER/NAME on the hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Hide the repository if it is made now.")] = False,
+    revision: Revision = None,
+) -> None:
+    """Upload CHECKPOINT to the Hugging Face hub. Log in with `hf auth login` first."""
+    out.print(printable(push(checkpoint, repository, private=private, revision=revision)))
+
+
+@app.command("pull")
+def pull_command(
+    repository: Annotated[str, typer.Argument(help="USER/NAME on the hub.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New directory.", show_default=False)],
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Widest width to download. (default: all)", min=1, max=MAX_BITS, show_default=False),
+    ] = None,
+    revision: Revision = None,
+) -> None:
+    """Download a checkpoint from the Hugging Face hub, with no more planes than BITS needs."""
+    pull(repository, output, bits, revision=revision)
+    _show_directory(output)
+
+
+def _show_directory(directory: Path) -> None:
+    """Widths and size."""
+    size = megabytes(sum(file.stat().st_size for file in directory.iterdir()))
+    out.print(f"{printable(str(directory))}: {comma(CheckpointReader(directory).available)} bits, {size}")
 
 
 @app.command("export")
