@@ -18,7 +18,7 @@ from elastiq.allocate import Budget, Table, allocate, read_stored
 from elastiq.allocate.losses import losses
 from elastiq.checkpoint import CheckpointReader
 from elastiq.checkpoint.sizes import map_sizes
-from elastiq.core import Allocator, Problem, Step, step_from_dict
+from elastiq.core import Allocator, Problem, Step, Width, step_from_dict
 from elastiq.evaluate import write_json
 from elastiq.linalg import lagrangian_bound
 from elastiq.measure import Bench, measure_sensitivity
@@ -39,9 +39,10 @@ def allocation(
     allocators: Annotated[str, typer.Option(help="Names, or all.")] = "all",
     num_windows: Annotated[int, typer.Option(help="Windows of 512 tokens for maps.")] = 8,
     sensitivity_windows: Annotated[int, typer.Option(help="Windows of 512 tokens for sensitivities.")] = 4,
+    rows_by: Annotated[str, typer.Option(help="Sensitivities whose maps are also made of rows, or none.")] = "none",
 ) -> None:
     """KL divergence from the 16-bit model and perplexity by mean width, for every sensitivity and allocator, beside
-    uniform and random maps; how sensitivities rank against end-to-end damage, and what they took."""
+    uniform and random maps and maps of rows; how sensitivities rank against end-to-end damage, and what they took."""
     rows = Rows(json_file)
     for name in _names("sensitivity", sensitivities):
         measured = measure_sensitivity(checkpoint, name, measured_on, num_windows=sensitivity_windows)
@@ -64,24 +65,38 @@ def allocation(
                 if not rows.has(row):
                     found = allocate(reader, Budget(bits=budget), sensitivity=name, allocator=allocator)
                     seen.measure(row | {"gap": found.gap}, found.level_map.widths)
+    for name in [] if rows_by == "none" else rows_by.split(","):
+        for budget in budgets:
+            row = {"case": "rows", "sensitivity": name, "allocator": "integer-programme", "bits": budget}
+            if not rows.has(row):
+                found = allocate(reader, Budget(bits=budget), sensitivity=name, rows=True)
+                seen.measure(row | {"gap": found.gap}, found.level_map.widths)
     show(rows.rows)
 
 
 def allocation_picture(
     json_file: Annotated[Path, typer.Option("--json", help="Rows that `allocation` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File of the picture (.png, .svg).")],
-    sensitivity: str = "kl",
+    sensitivity: str = "sampled-fisher",
     allocator: str = "integer-programme",
+    peers: Annotated[Path | None, typer.Option(help="Rows of other programs, as peers/*.py write them.")] = None,
 ) -> None:
-    """Measured KL divergence against counted bits per weight: uniform, random and one pair's maps."""
+    """Measured KL divergence against counted bits per weight: uniform, random and one pair's maps, its maps of rows and
+    other programs' maps of the same model."""
     rows = [row for row in json.loads(json_file.read_text())["rows"] if "kl" in row]
     flat = [row for row in rows if row["case"] == "uniform" and row["bits"] <= 6]
-    pair = {"case": "mixed", "sensitivity": sensitivity, "allocator": allocator}
+    pair = {"sensitivity": sensitivity, "allocator": allocator}
+    chosen = [row for row in rows if pair.items() <= row.items()]
     lines = [
         _line("uniform", flat, 0, [str(row["bits"]) for row in flat]),
-        _line(f"{sensitivity} + {allocator}", [row for row in rows if pair.items() <= row.items()], 1),
+        _line("widths by matrix", [row for row in chosen if row["case"] == "mixed"], 1),
+        _line("widths by row", [row for row in chosen if row["case"] == "rows"], 2),
         _line("random", [row for row in rows if row["case"] == "random" and row["seed"] == 0], 7),
     ]
+    others = [] if peers is None else json.loads(peers.read_text())["rows"]
+    for colour, peer in enumerate(dict.fromkeys(row["peer"] for row in others), start=3):
+        points = [row | {"kl": row["kl_mean"]} for row in others if row["peer"] == peer]
+        lines.append(_line(peer, points, colour))
     save_line_chart(output, lines, "bits per weight", "KL divergence, nats per token", (), log_y=True)
 
 
@@ -129,7 +144,7 @@ class Seen:
         self.bench, self.rows = bench, rows
         self.known = {row["map"]: row for row in rows.rows if "map" in row}
 
-    def measure(self, row: dict[str, Any], widths: Mapping[str, int]) -> None:
+    def measure(self, row: dict[str, Any], widths: Mapping[str, Width]) -> None:
         if self.rows.has(row):
             return
         key = hashlib.sha256(json.dumps(dict(sorted(widths.items()))).encode()).hexdigest()[:16]
@@ -155,8 +170,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     pairs: dict[tuple[str, str], dict[float, float]] = {}
     chance: dict[float, list[float]] = {}
     for row in rows:
-        if row["case"] == "mixed":
-            pairs.setdefault((row["sensitivity"], row["allocator"]), {})[row["bits"]] = row["kl"]
+        if row["case"] in ("mixed", "rows"):
+            how = row["allocator"] if row["case"] == "mixed" else "rows"
+            pairs.setdefault((row["sensitivity"], how), {})[row["bits"]] = row["kl"]
         elif row["case"] == "random":
             chance.setdefault(row["bits"], []).append(row["kl"])
     budgets = sorted(chance)
@@ -217,7 +233,7 @@ def _ranks(checkpoint: Path, name: str) -> dict[str, float]:
     }
 
 
-def _random(reader: CheckpointReader, bits: float, seed: int) -> dict[str, int]:
+def _random(reader: CheckpointReader, bits: float, seed: int) -> dict[str, Width]:
     """A random map within the budget, without a comparison to anything."""
     table = Table.of(reader)
     step = cast(Allocator, step_from_dict("allocator", {"name": "random", "seed": seed}))

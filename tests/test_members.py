@@ -21,8 +21,9 @@ from elastiq.core import LevelMap, Width
 from elastiq.evaluate import evaluate
 from elastiq.export import export
 from elastiq.huggingface import ElastiqConfig
-from elastiq.runtime import bits_per_weight, nested_matrices
+from elastiq.runtime import StoredMatrix, bits_per_weight, nested_matrices
 from elastiq.runtime.mixed import MixedLinear
+from elastiq.runtime.stored import StoredPart
 
 IDS = torch.arange(24)[None]
 
@@ -148,6 +149,11 @@ def test_embeddings_have_one_width(tiny_model: Callable[[str], Path], tmp_path: 
     digits = "3" * reader.manifest.matrices[name].shape[0]
     with pytest.raises(ElastiqError, match=r"widths were given for embedding \[\d+, \d+\]; give one for the whole$"):
         elastiq.load(tmp_path / "out", bits={name: digits})
+
+
+def test_matrices_of_more_than_codes_have_one_width() -> None:
+    part = StoredPart("low-rank", "u.", {}, {})
+    assert StoredMatrix("m", "linear", (96, 64), 32, (2, 3, 8), parts=(part,)).members == 1
 
 
 def test_what_cannot_hold_them_says_so(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

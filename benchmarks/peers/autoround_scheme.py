@@ -66,6 +66,7 @@ def run(args: Any, target: float, samples: Path) -> tuple[dict[str, Any], dict[s
         "bits": None,
         "bits_per_weight": sum(widths[name] * weight.numel() for name, weight in weights.items()) / count + scales,
         "widths": {str(bits): sum(width == bits for width in widths.values()) for bits in sorted(set(widths.values()))},
+        "map": widths,
         "iters": args.iters,
         **meter.fields(),
     }

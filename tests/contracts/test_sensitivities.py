@@ -23,6 +23,7 @@ CASES: list[Sensitivity] = [
     sensitivity.HessianTrace(),
     sensitivity.OutputError(),
     sensitivity.PruningSensitivity(),
+    sensitivity.SampledFisher(),
     sensitivity.SpectralEnergy(),
     sensitivity.TaylorTerm(),
     sensitivity.WeightOutliers(),
@@ -41,6 +42,7 @@ def evidence(seed: int = 0, importance: float = 1.0) -> Evidence:
     stats = Stats.empty(SHAPE[1])
     stats.update(torch.randn(64, SHAPE[1], generator=generator))
     gradient = torch.randn(SHAPE, generator=generator) * importance
+    draws = torch.randn(7, generator=generator)
     hidden = torch.randn(200, 16, generator=generator)
     return Evidence(
         levels=LEVELS,
@@ -55,6 +57,8 @@ def evidence(seed: int = 0, importance: float = 1.0) -> Evidence:
         eigenvalue=0.5 * importance,
         block_input=hidden,
         block_output=hidden + importance * torch.randn(200, 16, generator=generator),
+        slopes={level: (gradient * change).sum() * draws for level, change in noise.items()},
+        drawn=gradient.square(),
         damage=lambda level: Damage(importance * float(noise[level].square().mean()), importance * 2.0**-level),
     )
 
@@ -75,6 +79,9 @@ def test_contract(case: Sensitivity, seed: int) -> None:
     assert values == sorted(values, reverse=True)
     assert values[0] > values[-1]
     assert losses == case.measure(evidence(seed))
+    rows = case.rows(evidence(seed))
+    if rows is not None:
+        assert rows.shape == (len(LEVELS), SHAPE[0]) and bool(rows.isfinite().all()) and bool((rows >= 0).all())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -85,6 +92,7 @@ def test_round_trip_as_data(case: Sensitivity) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_only_what_is_asked_for_is_looked_at(case: Sensitivity) -> None:
     fields = {"weight": ("weight", "quantized"), "blocks": ("block_input", "block_output")}
+    fields["slopes"] = ("slopes", "drawn")
     wanted = {name for need in case.needs for name in fields.get(need, (need,))}
     everything = evidence()
     table = {"levels", "errors", "energy"}
@@ -108,6 +116,10 @@ def test_hessian_weighted_losses_are_their_formulas() -> None:
     second, first = float((e.fisher * change**2).sum() / 2), float((e.gradient * change).abs().sum())
     assert sensitivity.EmpiricalFisher().measure(e)[2] == pytest.approx(second, rel=1e-5)
     assert sensitivity.GradientMagnitude().measure(e)[2] == pytest.approx(first, rel=1e-5)
+    shares = sensitivity.SampledFisher().rows(e)
+    assert shares is not None and e.drawn is not None and e.slopes is not None
+    torch.testing.assert_close(shares[0].double(), (e.drawn * change**2).sum(dim=1) / 2)
+    assert sensitivity.SampledFisher().measure(e)[8] == pytest.approx(float((e.slopes[8] ** 2).mean() / 2))
     square = float((change**2).sum())
     assert sensitivity.HessianTrace().measure(e)[2] == pytest.approx(0.5 * 5.0 / (24 * 40) * square, rel=1e-5)
     assert sensitivity.HessianEigenvalue().measure(e)[2] == pytest.approx(0.25 * square, rel=1e-5)

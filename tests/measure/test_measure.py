@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import elastiq
+import elastiq.measure.evidence as evidence_module
 import elastiq.measure.sensitivity as module
 from elastiq.allocate import Budget, allocate, read_stored
 from elastiq.checkpoint import CheckpointReader
@@ -23,6 +24,7 @@ from elastiq.measure import Bench, allocate_measured, latency_table, measure_sen
 from elastiq.measure.bench import block_name
 from elastiq.measure.evidence import gather
 from elastiq.measure.prefix import Prefix
+from elastiq.sensitivity import SampledFisher
 
 TEXT = "".join(f"{i}: the quick brown fox, {i * 7919 % 1000} lazy dogs;\n" for i in range(40))
 LEVELS = (2, 4, 8)
@@ -162,6 +164,31 @@ def test_gradients_equal_those_of_finite_differences(checkpoint: Path, text: Pat
             losses.append(float(F.cross_entropy(logits, bench.ids[0, 1:])))
             parameter -= step * direction
     assert (losses[1] - losses[0]) / 2e-2 == pytest.approx(float(found.gradient.norm()), rel=1e-2)
+
+
+def test_drawn_labels_give_the_second_order_of_kl(
+    checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the KL divergence of a change a hundred times smaller; the rows' shares against a loop of draws."""
+    monkeypatch.setattr(evidence_module, "_DRAWS", 600)
+    bench = Bench(checkpoint, text, window=12, num_windows=2)
+    name = "model.layers.1.mlp.down_proj"
+    parameter = bench.parameter(name)
+    assert parameter is not None
+    change = bench.decode(name, 2) - bench.decode(name, 8)
+    known = {name: Evidence(levels=LEVELS)}
+    found = gather(bench, known, {name: 1}, frozenset({"weight", "slopes"}), lambda *_: None)[name]
+    assert found.slopes is not None and found.drawn is not None and not parameter.requires_grad
+    step = 1e-2
+    with torch.no_grad():
+        p = F.log_softmax(bench.model(bench.ids).logits[:, :-1].double(), dim=-1)
+        parameter += step * change
+        q = F.log_softmax(bench.model(bench.ids).logits[:, :-1].double(), dim=-1)
+        parameter -= step * change
+    expected = float((p.exp() * (p - q)).sum(-1).mean()) / step**2
+    assert SampledFisher().measure(found)[2] == pytest.approx(expected, rel=0.2)
+    assert float(found.slopes[8].abs().max()) == 0.0
+    assert found.drawn.shape == change.shape and bool((found.drawn >= 0).all())
 
 
 def test_a_killed_measurement_resumes(checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 
 from .. import allocators as _registered  # noqa: F401  (its import fills the registry)
 from ..checkpoint import CheckpointReader
-from ..core import Allocator, Choices, Damage, ElastiqError, LevelMap, Problem, Solution, step_from_dict
+from ..core import Allocator, Choices, Damage, ElastiqError, LevelMap, Problem, Solution, Width, step_from_dict
 from ..linalg import lagrangian_bound
 from .budget import Budget, check_reachable, spoken
-from .losses import DEFAULT_ALLOCATOR, Measurement, losses, read_stored
+from .losses import DEFAULT_ALLOCATOR, Measurement, cuts, losses, read_stored
 from .prediction import Prediction
 from .table import Floats, Table
 
@@ -52,22 +52,26 @@ def allocate(
     sensitivity: str | None = None,
     allocator: str | Allocator | None = None,
     untie: bool = False,
+    rows: bool = False,
     table: Table | None = None,
-    measure: Callable[[Mapping[str, int]], Damage] | None = None,
+    measure: Callable[[Mapping[str, Width]], Damage] | None = None,
 ) -> Allocation:
     """The best level map of a checkpoint within `budget`; no weight is read.
 
-    max_kl: take the smallest map whose predicted KL divergence is at most this, within the budget. sensitivity: name
-    of a stored measurement, None for the best there is. allocator: a step or its name. untie: matrices that engines
-    fuse may differ. table: costs other than the checkpoint's own. measure: damage of widths, for allocators that search
-    on the whole model.
+    max_kl: take the smallest map whose predicted KL divergence is at most this, within the budget. sensitivity: name of
+    a stored measurement, None for the best there is. allocator: a step or its name. untie: matrices that engines fuse
+    may differ, and experts of one tensor. rows: so may the rows of a matrix, in parts that a measurement made; the map
+    is still a width for each matrix where that is predicted to be as good. table: costs other than the checkpoint's
+    own. measure: damage of widths, for allocators that search on the whole model.
 
     The map never exceeds the budget, no further step fits into it, and its loss is at most that of the best uniform
     map within the budget. Raises ElastiqError for a budget below the smallest map, naming that.
     """
     reader = path if isinstance(path, CheckpointReader) else CheckpointReader(path)
-    table = table or Table.of(reader, untie)
+    if rows and budget.latency is not None:
+        raise ElastiqError("budget: whole matrices are timed, not their rows; give --latency without --rows")
     stored = read_stored(reader)
+    table = table or Table.of(reader, untie or rows, cuts=cuts(reader, stored, untie, rows))
     measurement, loss = losses(reader, table, stored, sensitivity)
     prediction = Prediction.of(table, loss, measurement, stored)
     step = _step(allocator)
@@ -78,7 +82,11 @@ def allocate(
     problem = _problem(table, loss, budget, budget.limits(table))
     damage = None if measure is None else lambda choices: measure(table.widths(choices)).kl
     solution, notes = solve(problem, step, damage)
-    return _allocation(reader, table, problem, budget, measurement, prediction, step, solution, notes)
+    found = _allocation(reader, table, problem, budget, measurement, prediction, step, solution, notes)
+    if rows:
+        whole = allocate(reader, budget, sensitivity=measurement.name, allocator=step, measure=measure)
+        return whole if whole.loss <= found.loss else found
+    return found
 
 
 def solve(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -14,10 +13,11 @@ from ..checkpoint import CheckpointReader
 from ..checkpoint.files import json_bytes, read_json, replace_durably, write_durably
 from ..checkpoint.names import LEVELS, SENSITIVITY
 from ..core import Damage, ElastiqError, Evidence, Sensitivity, Step, step_from_dict
+from .cut import Cut, expert_cuts, known
 from .table import Floats, Table
 
 DEFAULT_ALLOCATOR = "integer-programme"
-PREFERRED = ("kl", "output-error")
+PREFERRED = ("kl", "sampled-fisher", "output-error")
 """Sensitivities in the order in which they are taken where none is named, as measured (docs/allocation.md); the last
 one is always there."""
 _VERSION = 1
@@ -27,12 +27,14 @@ _MOST = 1e30
 @dataclass(frozen=True)
 class Measurement:
     """Losses by one method. method: as `Step.to_dict`. groups: matrices measured together, with their losses per
-    level. text: what they were measured on, None where nothing was read. seconds: what it took."""
+    level. text: what they were measured on, None where nothing was read. seconds: what it took. cuts: matrices in
+    parts, where the method tells rows apart."""
 
     method: Mapping[str, Any]
     groups: tuple[tuple[tuple[str, ...], Mapping[int, float]], ...]
     text: Mapping[str, Any] | None
     seconds: float
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -93,6 +95,7 @@ def write_stored(reader: CheckpointReader, stored: Stored) -> None:
                     {"matrices": list(names), "losses": {str(level): loss for level, loss in losses.items()}}
                     for names, losses in m.groups
                 ],
+                "cuts": {name: cut.to_dict() for name, cut in m.cuts.items()},
             }
             for m in stored.measurements
         ],
@@ -107,26 +110,44 @@ def losses(reader: CheckpointReader, table: Table, stored: Stored, name: str | N
     Raises ElastiqError where it was not measured, or for groups that do not fit into the table's.
     """
     measurement = _pick(reader, stored, name)
-    group_of = {matrix: index for index, group in enumerate(table.groups) for matrix in group}
+    places: dict[str, list[int]] = {}
+    for index, group in enumerate(table.groups):
+        for matrix in group:
+            places.setdefault(matrix, []).append(index)
     result = np.zeros((len(table.groups), len(table.levels)))
     measured: set[str] = set()
     for matrices, values in measurement.groups:
-        inside = {group_of[matrix] for matrix in matrices}
-        if len(inside) > 1:
+        inside = sorted({index for matrix in matrices for index in places[matrix]})
+        if len(inside) > 1 and any(table.members[index] is None for index in inside):
             raise ElastiqError(
                 f"sensitivity {measurement.name}: {', '.join(matrices)} were measured together; "
                 "measure again with --untie, or allocate without it"
             )
         try:
-            result[inside.pop()] += [values[level] for level in table.levels]
+            result[inside] += table.shares(inside) * np.array([values[level] for level in table.levels])
         except KeyError as level:
             raise ElastiqError(
                 f"sensitivity {measurement.name}: {matrices[0]} has no loss at {level} bits; measure again"
             ) from None
         measured.update(matrices)
-    if missing := sorted(group_of.keys() - measured):
+    if missing := sorted(places.keys() - measured):
         raise ElastiqError(f"sensitivity {measurement.name}: nothing is known of {missing[0]}; measure again")
-    return measurement, result
+    return measurement, np.maximum.accumulate(result[:, ::-1], axis=1)[:, ::-1]
+
+
+def cuts(reader: CheckpointReader, stored: Stored, untie: bool, rows: bool) -> dict[str, Cut]:
+    """The matrices that are allocated in parts: fused experts with `untie` or `rows`, all others with `rows`.
+
+    Raises ElastiqError where rows are asked for and no measurement tells them apart.
+    """
+    found = expert_cuts(reader) if untie or rows else {}
+    by_rows = next((m.cuts for m in reversed(stored.measurements) if m.cuts), None)
+    if rows and by_rows is None:
+        raise ElastiqError(
+            f"{reader.path}: nothing is known of rows; run elastiq sensitivity {reader.path} --method sampled-fisher "
+            "--text FILE"
+        )
+    return found | {name: cut for name, cut in (by_rows or {}).items() if rows or name in found}
 
 
 def free_sensitivities() -> list[str]:
@@ -140,10 +161,10 @@ def table_evidence(reader: CheckpointReader, step: Sensitivity) -> dict[str, Evi
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in reader.table:
         rows.setdefault(row["tensor"], []).append(row)
-    known = all(_is_energy(row.get("energy")) for row in reader.table if row["block"] >= 0)
+    all_known = all(known(row.get("energy")) for row in reader.table if row["block"] >= 0)
     result = {}
     for name, members in rows.items():
-        energies = [float(row["energy"]) if known and _is_energy(row.get("energy")) else 1.0 for row in members]
+        energies = [float(row["energy"]) if all_known and known(row.get("energy")) else 1.0 for row in members]
         evidence = Evidence(levels=reader.levels, energy=sum(energies))
         if "errors" in step.needs:
             evidence = replace(evidence, errors=_errors(reader, step, name, members, energies))
@@ -158,7 +179,7 @@ def _errors(
     errors = {}
     for level in reader.levels:
         cells = [row["levels"].get(str(level), {}).get("error") for row in rows]
-        if not all(map(_is_energy, cells)):
+        if not all(map(known, cells)):
             raise ElastiqError(
                 f"sensitivity {step.name}: levels.json has no output error of {name} at {level} bits (tuned scales "
                 f"change it); run elastiq sensitivity {reader.path} --text FILE, whose losses are then used"
@@ -194,7 +215,11 @@ def _measurement(row: Any, reader: CheckpointReader) -> Measurement:
         groups.append((names, {int(level): _number(loss) for level, loss in group["losses"].items()}))
     if not isinstance(row["method"]["name"], str):
         raise ValueError("a method without a name")
-    return Measurement(row["method"], tuple(groups), row["text"], float(row["seconds"]))
+    cuts = {
+        name: Cut.from_dict(cut, reader.manifest.matrices[name], len(reader.levels))
+        for name, cut in row.get("cuts", {}).items()
+    }
+    return Measurement(row["method"], tuple(groups), row["text"], float(row["seconds"]), cuts)
 
 
 def _damage(cell: Any) -> Damage:
@@ -205,10 +230,6 @@ def _number(value: Any) -> float:
     if type(value) not in (int, float) or not 0 <= value < _MOST:
         raise ValueError("a loss that is none")
     return float(value)
-
-
-def _is_energy(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
 
 
 def _identity(reader: CheckpointReader) -> str:

@@ -117,11 +117,11 @@ class CheckpointReader:
         if name not in self.manifest.matrices:
             raise self.unknown(name)
         matrix = self.manifest.matrices[name]
-        if isinstance(width, str) and (matrix.role == "embedding" or len(width) != matrix.members):
+        if isinstance(width, str) and (matrix.members == 1 or len(width) != matrix.members):
             members = "experts" if matrix.role == "expert" else "rows"
             raise ElastiqError(
                 f"{name}: {len(width)} widths were given for {matrix.role} {list(matrix.shape)}; give one for the whole"
-                + ("" if matrix.role == "embedding" else f", or one digit for each of its {matrix.members} {members}")
+                + ("" if matrix.members == 1 else f", or one digit for each of its {matrix.members} {members}")
             )
         for bits in width_counts(width, 1):
             self.require(bits)

@@ -14,7 +14,19 @@ from ..measure import Bench, allocate_measured, latency_table, measure_sensitivi
 from ..report import save_frontier
 from ..report.terminal import comma, out, show_allocation, show_frontier, show_sensitivity
 from .app import app
-from .options import Checkpoint, Device, FewWindows, Json, SensitivityName, Size, Untie, Window, usable_device, write
+from .options import (
+    Checkpoint,
+    Device,
+    FewWindows,
+    Json,
+    Rows,
+    SensitivityName,
+    Size,
+    Untie,
+    Window,
+    usable_device,
+    write,
+)
 from .progress import Bars
 
 
@@ -46,6 +58,7 @@ def allocate_command(
         str | None, typer.Option(help="How the map is found. (default: integer-programme)", show_default=False)
     ] = None,
     untie: Untie = False,
+    rows: Rows = False,
     device: Device = "cpu",
     json: Json = None,
 ) -> None:
@@ -58,7 +71,7 @@ def allocate_command(
     )
     if verify and text is None:
         raise typer.BadParameter("--verify measures on a text; give --text FILE")
-    options: dict[str, Any] = {"sensitivity": sensitivity, "allocator": allocator, "untie": untie}
+    options: dict[str, Any] = {"sensitivity": sensitivity, "allocator": allocator, "untie": untie, "rows": rows}
     options["max_kl"] = None if max_damage is None else _damage(max_damage)
     with Bars() as progress:
         if latency is not None:
@@ -115,13 +128,14 @@ def frontier_command(
     checkpoint: Checkpoint,
     sensitivity: SensitivityName = None,
     untie: Untie = False,
+    rows: Rows = False,
     picture: Annotated[
         Path | None, typer.Option(help="Draw the curve into this file (.png, .svg).", show_default=False)
     ] = None,
     json: Json = None,
 ) -> None:
     """The whole curve of damage against bits, uniform widths marked; --json has every step in any-time order."""
-    curve = frontier(checkpoint, sensitivity=sensitivity, untie=untie)
+    curve = frontier(checkpoint, sensitivity=sensitivity, untie=untie, rows=rows)
     write(json, asdict(curve))
     if picture is not None:
         save_frontier(curve, picture)

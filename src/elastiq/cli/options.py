@@ -44,6 +44,9 @@ SensitivityName = Annotated[
 Untie = Annotated[
     bool, typer.Option("--untie", help="Let q, k and v, gate and up, and the experts of a layer differ.")
 ]
+Rows = Annotated[
+    bool, typer.Option("--rows", help="Let rows of a matrix differ too, as sampled-fisher tells them apart.")
+]
 Window = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
 FewWindows = Annotated[int, typer.Option(help="Windows of the text.", min=1)]
 Text = Annotated[Path, typer.Option("--text", help="Text file to measure on.", show_default=False)]

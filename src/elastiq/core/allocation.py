@@ -39,13 +39,15 @@ class Evidence:
     """What is known about one matrix (or all experts of one tensor, their rows below one another); fields that no step
     `needs` are None.
 
-    levels: the candidates, ascending. errors: relative output error per level, from quantization.
-    energy: what a relative error of 1 would move at the output of the matrix's block, as a part of that output.
-    weight: [out, in] float32 at the widest level. quantized: level -> [out, in]. stats: of the input (experts: none).
-    gradient, fisher: [out, in] mean and mean square of the gradients of the windows' mean losses. trace: of the loss's
-    Hessian. eigenvalue: the largest of the mean of the gradients' outer products. block_input, block_output:
-    [tokens, hidden] float32 around the decoder block, None outside the blocks. damage: level -> what lowering the
-    matrix, and those that share its level, does to the model.
+    levels: the candidates, ascending. errors: relative output error per level, from quantization. energy: what a
+    relative error of 1 would move at the output of the matrix's block, as a part of that output. weight: [out, in]
+    float32 at the widest level. quantized: level -> [out, in]. stats: of the input (experts: none). gradient, fisher:
+    [out, in] mean and mean square of the gradients of the windows' mean losses. trace: of the loss's Hessian.
+    eigenvalue: the largest of the mean of the gradients' outer products. block_input, block_output: [tokens, hidden]
+    float32 around the decoder block, None outside the blocks. slopes: level -> [draws] derivatives, along the change
+    that reading at the level makes, of the loss of a window's labels when they are drawn from what the model predicts,
+    over the root of their number; drawn: [out, in] mean square of the same gradients, per token. damage: level -> what
+    lowering the matrix, and those that share its level, does to the model.
     """
 
     levels: tuple[int, ...]
@@ -60,6 +62,8 @@ class Evidence:
     eigenvalue: float | None = None
     block_input: Tensor | None = None
     block_output: Tensor | None = None
+    slopes: Mapping[int, Tensor] | None = None
+    drawn: Tensor | None = None
     damage: Callable[[int], Damage] | None = None
 
     def error(self, level: int) -> float:
@@ -73,9 +77,11 @@ class Evidence:
         return self.quantized(level) - self.weight
 
 
-EVIDENCE = frozenset({"errors", "weight", "stats", "gradient", "fisher", "trace", "eigenvalue", "blocks", "damage"})
-"""What a sensitivity may ask for: fields of `Evidence`; `weight` brings `quantized`, `blocks` both ends of a block.
-`errors` stand in the level table."""
+EVIDENCE = frozenset(
+    {"errors", "weight", "stats", "gradient", "fisher", "trace", "eigenvalue", "blocks", "slopes", "damage"}
+)
+"""What a sensitivity may ask for: fields of `Evidence`; `weight` brings `quantized`, `blocks` both ends of a block,
+`slopes` brings `drawn`. `errors` stand in the level table."""
 
 
 class Sensitivity(Step, slot="sensitivity"):
@@ -85,6 +91,10 @@ class Sensitivity(Step, slot="sensitivity"):
     def measure(self, matrix: Evidence) -> dict[int, float]:
         """Loss of every level in `matrix.levels`: finite, not negative, not increasing in the level, and in one unit
         for all matrices of a model, so that losses add."""
+
+    def rows(self, matrix: Evidence) -> Tensor | None:
+        """[levels, rows] not negative, how the loss at each level is shared among the rows; None where unknown."""
+        return None
 
 
 def non_increasing(losses: Mapping[int, float]) -> dict[int, float]:

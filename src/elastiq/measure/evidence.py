@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,8 @@ _PROBES = 4
 """Random directions per window of Hutchinson's estimate."""
 _PASSES = 4
 """Power iterations over the stream of gradients."""
+_DRAWS = 64
+"""Backward passes for drawn labels, over all windows: the standard error of a loss is a sixth."""
 _BLOCK_TOKENS = 1024
 """Tokens kept at both ends of every block."""
 
@@ -47,6 +49,8 @@ def gather(
         _eigenvalues(bench, found, progress)
     if "trace" in needs:
         _traces(bench, found, progress)
+    if "slopes" in needs:
+        _draws(bench, found, progress)
     return found
 
 
@@ -117,18 +121,23 @@ def _loss(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits, ids[1:])
 
 
-def _gradients(bench: Bench, parameters: Mapping[str, nn.Parameter], ids: Tensor, again: bool = False) -> list[Tensor]:
-    """Gradients of one window's mean loss; with `again` they can be differentiated once more."""
-    with bench.widest() as model, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+@contextmanager
+def _differentiable(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
         for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        try:
-            gradients = torch.autograd.grad(_loss(model, ids), list(parameters.values()), create_graph=again)
-        finally:
-            if not again:
-                for parameter in parameters.values():
-                    parameter.requires_grad_(False)
-    return list(gradients)
+            parameter.requires_grad_(False)
+
+
+def _gradients(bench: Bench, parameters: Mapping[str, nn.Parameter], ids: Tensor, again: bool = False) -> list[Tensor]:
+    """Gradients of one window's mean loss; with `again`, within `_differentiable`, they can be differentiated again."""
+    with bench.widest() as model, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
+        if not again:
+            stack.enter_context(_differentiable(parameters))
+        return list(torch.autograd.grad(_loss(model, ids), list(parameters.values()), create_graph=again))
 
 
 def _first_order(bench: Bench, found: dict[str, Evidence], needs: frozenset[str], progress: Progress) -> None:
@@ -148,6 +157,41 @@ def _first_order(bench: Bench, found: dict[str, Evidence], needs: frozenset[str]
             gradient=_rows(mean[name].detach()) if mean else None,
             fisher=_rows(square[name].detach()) if square else None,
         )
+
+
+def _draws(bench: Bench, found: dict[str, Evidence], progress: Progress) -> None:
+    """Gradients for labels drawn from the model's predictions, whose mean is zero and whose covariance is Fisher's
+    information; changes of the weights are kept in bfloat16 meanwhile, two bytes a weight and level."""
+    parameters = _parameters(bench, found)
+    changes = {
+        name: {level: evidence.change(level).bfloat16() for level in evidence.levels[:-1]}
+        for name, evidence in found.items()
+    }
+    drawn = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    slopes: dict[str, dict[int, list[Tensor]]] = {
+        name: {level: [] for level in evidence.levels} for name, evidence in found.items()
+    }
+    generator = torch.Generator(bench.ids.device).manual_seed(0)
+    tokens, draws = bench.ids.shape[1] - 1, -(-_DRAWS // len(bench.ids))
+    total = draws * len(bench.ids)
+    with bench.widest() as model, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _differentiable(parameters):
+        for index, ids in enumerate(bench.ids):
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+            probabilities = logits.detach().softmax(-1)
+            for draw in range(draws):
+                progress("drawing labels", index * draws + draw, total)
+                labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=draw + 1 < draws)
+                for name, gradient in zip(parameters, gradients, strict=True):
+                    drawn[name].addcmul_(gradient, gradient, value=1 / (total * tokens))
+                    for level in found[name].levels:
+                        change = changes[name].get(level)
+                        slope = gradient.new_zeros(()) if change is None else (_rows(gradient) * change).sum()
+                        slopes[name][level].append(slope / tokens**0.5)
+    for name, evidence in found.items():
+        measured = {level: torch.stack(values) for level, values in slopes[name].items()}
+        found[name] = replace(evidence, slopes=measured, drawn=_rows(drawn[name]))
 
 
 def _eigenvalues(bench: Bench, found: dict[str, Evidence], progress: Progress) -> None:
@@ -179,16 +223,15 @@ def _traces(bench: Bench, found: dict[str, Evidence], progress: Progress) -> Non
     generator = torch.Generator().manual_seed(0)
     traces = dict.fromkeys(parameters, 0.0)
     total = len(bench.ids) * _PROBES
-    for index, ids in enumerate(bench.ids):
-        gradients = _gradients(bench, parameters, ids, again=True)
-        for probe in range(_PROBES):
-            progress("Hessian-vector products", index * _PROBES + probe, total)
-            signs = [torch.randint(0, 2, g.shape, generator=generator).to(g) * 2 - 1 for g in gradients]
-            along = torch.stack([(g * v).sum() for g, v in zip(gradients, signs, strict=True)]).sum()
-            products = torch.autograd.grad(along, list(parameters.values()), retain_graph=probe + 1 < _PROBES)
-            for name, sign, product in zip(parameters, signs, products, strict=True):
-                traces[name] += float((sign * product).sum()) / total
-    for parameter in parameters.values():
-        parameter.requires_grad_(False)
+    with _differentiable(parameters):
+        for index, ids in enumerate(bench.ids):
+            gradients = _gradients(bench, parameters, ids, again=True)
+            for probe in range(_PROBES):
+                progress("Hessian-vector products", index * _PROBES + probe, total)
+                signs = [torch.randint(0, 2, g.shape, generator=generator).to(g) * 2 - 1 for g in gradients]
+                along = torch.stack([(g * v).sum() for g, v in zip(gradients, signs, strict=True)]).sum()
+                products = torch.autograd.grad(along, list(parameters.values()), retain_graph=probe + 1 < _PROBES)
+                for name, sign, product in zip(parameters, signs, products, strict=True):
+                    traces[name] += float((sign * product).sum()) / total
     for name, evidence in found.items():
         found[name] = replace(evidence, trace=traces[name])

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..allocate import Measurement, Stored, Table, read_stored, write_stored
+from ..allocate.cut import Cut
 from ..allocate.losses import table_evidence
 from ..checkpoint import CheckpointReader
 from ..checkpoint.files import json_bytes, read_json, replace_durably, write_durably
 from ..checkpoint.names import PARTIAL_SENSITIVITY
-from ..core import Damage, ElastiqError, Sensitivity, step_from_dict
+from ..core import Damage, ElastiqError, Evidence, Sensitivity, step_from_dict
 from .bench import Bench, read_windows
 from .evidence import gather
 
@@ -66,8 +67,9 @@ def measure_sensitivity(
             lowered = replace(evidence[group[0]], damage=partial(_lower, bench, group))
             partial_file.add(group, step.measure(lowered), keep="damage" in step.needs)
     report(f"measuring {step.name}", len(groups), len(groups))
+    cuts = {name: cut for name in evidence if (cut := _cut(reader, step, name, evidence[name]))}
     seconds = partial_file.seconds + time.perf_counter() - begin
-    result = Measurement(step.to_dict(), tuple(partial_file.done.items()), bench.text, seconds)
+    result = Measurement(step.to_dict(), tuple(partial_file.done.items()), bench.text, seconds, cuts)
     write_stored(reader, stored.with_measurement(result))
     partial_file.remove()
     return result
@@ -107,6 +109,11 @@ class _Partial:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def _cut(reader: CheckpointReader, step: Sensitivity, name: str, evidence: Evidence) -> Cut | None:
+    rows = step.rows(evidence)
+    return None if rows is None else Cut.of(reader.manifest.matrices[name], rows.double().cpu().numpy())
 
 
 def _lower(bench: Bench, group: tuple[str, ...], level: int) -> Damage:

@@ -9,6 +9,7 @@ from .hessian import HessianEigenvalue, HessianTrace
 from .kl import EndToEndKL
 from .output_error import OutputError
 from .pruning import PruningSensitivity
+from .sampled_fisher import SampledFisher
 from .spectral_energy import SpectralEnergy
 from .spikes import ActivationSpikes
 from .taylor import TaylorTerm
@@ -26,6 +27,7 @@ __all__ = [
     "HessianTrace",
     "OutputError",
     "PruningSensitivity",
+    "SampledFisher",
     "SpectralEnergy",
     "TaylorTerm",
     "WeightOutliers",
