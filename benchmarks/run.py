@@ -6,6 +6,7 @@ allocation-picture draws its rows, allocation-speed times the allocators on larg
 size: time and peak memory of quantizing one model, measured in a process of its own.
 decode: tokens per second of whole models beside llama.cpp and transformers (decode.py).
 matmul, matmul-paths, prefill: products with bit planes against a plain read of the same bytes, torch and ggml.
+methods: every published method on one model at counted bits (methods.py).
 activations: what fixed-point activations cost a whole model (activations.py).
 
 Finished checkpoints are kept in --work and taken again, so an interrupted benchmark goes on where it stopped.
@@ -26,13 +27,14 @@ import typer
 from activations import activations
 from allocation import allocation, allocation_picture, allocation_speed
 from decode import decode
+from methods import methods
 
 import elastiq
 import kernels
 from elastiq.evaluate import evaluate, write_json
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
-for command in (allocation, allocation_picture, allocation_speed, decode, activations):
+for command in (allocation, allocation_picture, allocation_speed, decode, activations, methods):
     app.command()(command)
 
 Model = Annotated[Path, typer.Option(help="Directory of the 16-bit model.")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from naive import formats as naive
 from torch import Tensor
 
 from elastiq.core import Format
-from elastiq.formats import BlockScaled, Minifloat, NormalFloat
+from elastiq.formats import BlockScaled, Codebook, Minifloat, NormalFloat
 from elastiq.terms import rounded, values
 from elastiq.terms.table import TableGrid
 
@@ -148,3 +150,24 @@ def test_scales_come_back_near_what_they_were(store: str, groups: int) -> None:
     assert again.shape == scale.shape
     assert float(((again - scale).abs() / scale).max()) <= step
     torch.testing.assert_close(rounded(store, again), again, rtol=2e-2 if store == "double" else 1e-3, atol=0.0)
+
+
+def test_clusters_split_where_their_naive_twin_splits_them() -> None:
+    """Three levels of a codebook: every number of a level, against all cuts of all clusters tried."""
+    weight, stats = weight_and_stats(6, 90)
+    stats.grad_sq = None
+    grid = Codebook((2, 3, 4)).fit(weight, stats)
+    share = stats.mean_diagonal(90)
+    for row in range(6):
+        x, order = weight[row].sort()
+        lowest = grid.tables[2][row].float()
+        inner = torch.searchsorted(x, ((lowest[1:] + lowest[:-1]) / 2).contiguous())
+        edges = [0, *inner.tolist(), 90]
+        for level in (3, 4):
+            edges = naive.split_clusters(x.numpy(), share[order].numpy(), edges)
+            mass = share[order].double()
+            for k, (first, last) in enumerate(pairwise(edges)):
+                if last > first:
+                    part = mass[first:last]
+                    mean = float((x[first:last].double() * part).sum() / part.sum())
+                    assert float(grid.tables[level][row, k]) == pytest.approx(mean, rel=2e-3, abs=1e-5)

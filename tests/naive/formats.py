@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,3 +44,22 @@ def nv(weight: Array, size: int, kind: Any, top: float) -> Array:
             scale = np.float32(np.float32(local).astype(ml_dtypes.float8_e4m3fn)) * whole
             out[row, first : first + size] = 0 if scale == 0 else element(block / scale, kind, top) * scale
     return out
+
+
+def split_clusters(x: Array, share: Array, edges: list[int]) -> list[int]:
+    """Edges after every cluster of the sorted row `x` is cut where the weighted squares left are least."""
+
+    def left(first: int, last: int) -> float:
+        if last <= first:
+            return 0.0
+        part, weights = x[first:last].astype(np.float64), share[first:last].astype(np.float64)
+        mean = (part * weights).sum() / weights.sum()
+        return float((weights * (part - mean) ** 2).sum())
+
+    found = [edges[0]]
+    for first, last in pairwise(edges):
+        if last - first < 2:
+            found += [last, last]
+        else:
+            found += [min(range(first + 1, last), key=lambda cut: left(first, cut) + left(cut, last)), last]
+    return found

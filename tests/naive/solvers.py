@@ -110,3 +110,47 @@ def refit_group(weight: Array, codes: Array, metric: Array, zero: float | None) 
         return float(scale), zero
     (scale, offset), *_ = np.linalg.lstsq(root @ np.stack([codes, np.ones_like(codes)], 1), root @ weight, rcond=None)
     return float(scale), float(-offset / scale)
+
+
+def gptq_on(
+    weight: Array, hessian: Array, numbers: list[list[Array]], group_size: int, order: list[int]
+) -> tuple[NDArray[np.intp], Array]:
+    """GPTQ as its section 3.2 tells it: the nearest of `numbers[row][group]`, the best update of all that is left, and
+    the column leaves the inverse Hessian. Codes and values [out, in]."""
+    codes, values = np.zeros(weight.shape, dtype=np.intp), np.zeros(weight.shape)
+    for row in range(len(weight)):
+        rest, left, inverse = weight[row].copy(), list(order), np.linalg.inv(hessian[np.ix_(order, order)])
+        while left:
+            column = left[0]
+            table = numbers[row][column // group_size]
+            codes[row, column] = code = int(np.argmin(np.abs(table - rest[column])))
+            values[row, column] = table[code]
+            rest[left] -= (rest[column] - table[code]) / inverse[0, 0] * inverse[:, 0]
+            inverse = (inverse - np.outer(inverse[:, 0], inverse[0]) / inverse[0, 0])[1:, 1:]
+            left = left[1:]
+    return codes, values
+
+
+def refit_row(weight: Array, codes: Array, metric: Array, group_size: int, symmetric: bool, middle: float) -> Array:
+    """Values [in] of the scales and offsets of all groups together that fit a row's codes best."""
+    groups = -(-len(weight) // group_size)
+    basis = np.zeros((len(weight), groups * (1 if symmetric else 2)))
+    for i in range(len(weight)):
+        basis[i, i // group_size] = codes[i] - middle
+        if not symmetric:
+            basis[i, groups + i // group_size] = 1.0
+    root = np.linalg.cholesky(metric).T
+    found, *_ = np.linalg.lstsq(root @ basis, root @ weight, rcond=None)
+    return basis @ found
+
+
+def sign_stack(weight: Array, scale: Array, rank: int, blocks: int) -> list[Array]:
+    """What every further block of BitStack makes of `weight` [out, in] scaled by `scale` [in]."""
+    rest, total, found = weight * scale, np.zeros_like(weight), []
+    for _ in range(blocks):
+        left, values, right = np.linalg.svd(np.abs(rest))
+        size = sum(values[k] * np.outer(left[:, k], right[k]) for k in range(rank))
+        block = np.where(rest >= 0, size, -size)
+        rest, total = rest - block, total + block / scale
+        found.append(total.copy())
+    return found

@@ -10,11 +10,12 @@ import torch
 from contracts.data import output_error, weight_and_stats
 from naive import solvers as naive
 
-from elastiq.core import Codes, ElastiqError, Solver, Stats
-from elastiq.formats import Integer
+from elastiq.core import Codes, ElastiqError, Format, Solver, Stats
+from elastiq.formats import Integer, Minifloat, NormalFloat
 from elastiq.linalg import streams
 from elastiq.linalg.cholesky import damped
-from elastiq.solvers import GPTQ, Nested, RoundToNearest
+from elastiq.solvers import GPTQ, BitStack, DecoupleQ, Nested, RoundToNearest
+from elastiq.solvers.decoupleq import least_squares
 
 
 def codes_of(solver: Solver, format: Integer, weight: torch.Tensor, stats: Stats) -> Codes:
@@ -161,3 +162,59 @@ def test_threads_change_no_bit(order: bool) -> None:
         assert torch.equal(other.codes, found[0].codes)
         assert torch.equal(other.grid.scale, found[0].grid.scale)
         assert torch.equal(other.grid.zero_point, found[0].grid.zero_point)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("format", [Minifloat("e2m1", 32), NormalFloat(group_size=32, scales="float")], ids=str)
+def test_gptq_on_any_grid_equals_its_naive_twin(format: Format, act_order: bool) -> None:
+    weight, stats = weight_and_stats(8, 72)
+    (term,) = GPTQ(damp=0.01, act_order=act_order, block_size=16).solve(weight, format, stats)
+    hessian = damped(stats.mean_hessian(), 0.01)
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(72)
+    grid = format.fit(weight, stats)
+    every = [grid.dequantize(torch.full((8, 72), code).byte(), 4).double().numpy() for code in range(16)]
+    numbers = [[np.array([values[row, 32 * g] for values in every]) for g in range(3)] for row in range(8)]
+    _, expected = naive.gptq_on(weight.double().numpy(), hessian.double().numpy(), numbers, 32, order.tolist())
+    got = term.dense(4).double().numpy()
+    assert (np.abs(got - expected) < 1e-6).mean() > 0.97
+    ours, theirs = (output_error(weight, torch.from_numpy(x), stats) for x in (got, expected))
+    assert ours == pytest.approx(theirs, rel=0.03)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_floating_part_of_decoupleq_equals_its_naive_twin(symmetric: bool) -> None:
+    """All scales and zero points of a row together, to half precision."""
+    weight, stats = weight_and_stats(10, 80)
+    hessian = damped(stats.mean_hessian(), 0.01)
+    grid = Integer((3,), 32, symmetric).fit(weight, stats)
+    codes = grid.quantize(weight)
+    refitted = least_squares(weight, hessian, codes, grid)
+    for row in range(10):
+        w, c = weight[row].double().numpy(), codes[row].double().numpy()
+        expected = naive.refit_row(w, c, hessian.double().numpy(), 32, symmetric, 3.5)
+        best = (w - expected) @ hessian.double().numpy() @ (w - expected)
+        got = w - refitted.dequantize(codes, 3)[row].double().numpy()
+        assert best * (1 - 1e-6) <= got @ hessian.double().numpy() @ got <= best * 1.01
+    before, after = (output_error(weight, g.dequantize(codes, 3), stats) for g in (grid, refitted))
+    assert after < before
+
+
+def test_bitstack_equals_its_naive_twin() -> None:
+    weight, stats = weight_and_stats(16, 48)
+    (term,) = BitStack(rank=3).solve(weight, Integer((1, 2, 3, 4), -1), stats)
+    size = stats.mean_diagonal(48).sqrt().double().numpy()
+    for level, expected in enumerate(naive.sign_stack(weight.double().numpy(), size / size.mean(), 3, 4), start=1):
+        close = np.abs(term.dense(level).double().numpy() - expected) < 0.02 * np.abs(weight).max().item()
+        assert close.mean() > 0.98, "but for signs of what is nearly nothing"
+        assert term.num_bits(level) == level * (16 * 48 + 16 * 3 * (16 + 48))
+
+
+def test_more_rounds_of_decoupleq_are_not_worse() -> None:
+    weight, stats = weight_and_stats(24, 128)
+    format = Integer((2,), 32)
+    errors = [
+        output_error(weight, codes_of(DecoupleQ(rounds=rounds), format, weight, stats).dense(2), stats)
+        for rounds in (1, 2, 4)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < output_error(weight, codes_of(RoundToNearest(), format, weight, stats).dense(2), stats) / 2

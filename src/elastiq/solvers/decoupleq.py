@@ -39,7 +39,7 @@ class DecoupleQ(Solver, name="decoupleq"):
         scale, zero = top.scale.clone(), top.zero_point.clone()
         for _ in range(self.rounds):
             trial = solve_on_grid(weight, upper, top, None, self.block_size)
-            for fitted in (top, _least_squares(weight, damped, trial, top)):
+            for fitted in (top, least_squares(weight, damped, trial, top)):
                 error = weight - fitted.dequantize(trial, fitted.bits)
                 loss = ((error @ damped) * error).sum(1)
                 better = loss < best
@@ -50,7 +50,7 @@ class DecoupleQ(Solver, name="decoupleq"):
         return (Codes(codes, streams.refit_lower_levels(weight, damped, codes, found, format.levels)),)
 
 
-def _least_squares(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid) -> Grid:
+def least_squares(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid) -> Grid:
     """Scales and zero points of every row that fit `codes` best: per row the basis of each group's codes and ones."""
     size, width, groups = grid.group_size, weight.shape[1], grid.scale.shape[2]
     middle = (2.0**grid.bits - 1) / 2
