@@ -17,7 +17,7 @@ LAYERS = {
     "kernels": 1, "solvers": 1, "tuners": 1, "sensitivity": 1, "allocators": 1,
     "runtime": 2,
     "models": 3, "checkpoint": 3,
-    "embedded": 4, "calibrate": 4, "load": 4, "huggingface": 4, "quantize": 4, "evaluate": 4, "report": 4,
+    "embedded": 4, "calibrate": 4, "load": 4, "huggingface": 4, "quantize": 4, "absorb": 4, "evaluate": 4, "report": 4,
     "tune": 4, "allocate": 4, "measure": 4, "methods": 4, "generate": 4, "export": 4, "importing": 4, "rehearse": 4,
     "hub": 4,
     "recipes": 5, "cli": 5, "__init__": 5,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .absorb import Absorbed, absorb
 from .calibrate import BlockStream, calibration_ids, mixed_ids
 from .checkpoint import CheckpointReader, CheckpointWriter, is_finished
 from .checkpoint.sizes import level_sizes
@@ -229,6 +230,7 @@ class _Run:
         if self.recipe.inputs == "quantized":
             top = self.recipe.levels[-1]
             replaced = {name: q.dequantize(top) for name, q in self.writer.read_unit(unit).items()}
+            replaced |= self.writer.read_beside(unit)
         self.stream.advance(block, replaced)
 
     def embeddings(self, model: Any, source: ModelSource) -> None:
@@ -252,15 +254,20 @@ class _Run:
         solved: dict[Site, QuantizedWeight] = {}
         rows = []
         folds = self._folds(sites, weights, statistics)
+        block = sites[0].block
+        absorbed = absorb(self.stream, block, sites, folds) if folds and block != -1 else Absorbed()
         for index, site in enumerate(sites):
             self.report(f"solving {unit}", index, len(sites))
-            solved[site], row = quantize_matrix(
-                site, weights[site.name], statistics[site.name], self.recipe, block_energy, folds.get(site.input_id, ())
-            )
+            weight, stats, left = weights[site.name], statistics[site.name], folds.get(site.input_id, ())
+            if site.name in absorbed.rows:
+                weight = weight / absorbed.rows[site.name][:, None]
+            if site.input_id in absorbed.inputs:
+                weight, stats, left = left[0].into(weight), left[0].stats(stats), left[1:]
+            solved[site], row = quantize_matrix(site, weight, stats, self.recipe, block_energy, left)
             rows.append(row)
         self.report(f"solving {unit}", len(sites), len(sites))
-        self.writer.write_unit(unit, solved, rows)
-
+        beside = {name: self.stream.parameter(block, name) * factor for name, factor in absorbed.factors.items()}
+        self.writer.write_unit(unit, solved, rows, beside)
 
     def _folds(
         self, sites: Sequence[Site], weights: Mapping[str, Tensor], statistics: Mapping[str, Stats]

@@ -129,18 +129,50 @@ class BlockStream:
             raise ValueError("output_energy is known after collect")
         return float(self._outputs.flatten(2).square().sum(dim=-1).median())
 
+    def parameters(self, block: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the block's parameters by their names in the model."""
+        self._check_order(block)
+        prefix = self.layout.blocks[block]
+        return {name: tuple(p.shape) for name, p in self._blocks[block].named_parameters(prefix=prefix)}
+
+    def parameter(self, block: int, name: str) -> Tensor:
+        """A copy of one of them, float32."""
+        self._load(block)
+        return self._model.get_parameter(name).detach().to(torch.float32, copy=True)
+
+    @torch.no_grad()
+    def unchanged(self, block: int, factors: Mapping[str, Tensor], tolerance: float = 0.01) -> bool:
+        """Whether the block adds the same to every hidden state of a batch, but for a part of `tolerance`, with some of
+        its parameters multiplied by `factors`."""
+        self._load(block)
+        start, stop = next(self._batches())
+        call, module = self._calls[stop - start][block], self._blocks[block]
+        before = call.run(module, self._batch(start, stop))
+        kept = {name: self._model.get_parameter(name) for name in factors}
+        values = {name: parameter.data for name, parameter in kept.items()}
+        try:
+            for name, parameter in kept.items():
+                parameter.data = values[name] * factors[name].to(values[name])
+            after = call.run(module, self._batch(start, stop))
+        finally:
+            for name, parameter in kept.items():
+                parameter.data = values[name]
+        added = (before - self._batch(start, stop)).flatten(2).norm(dim=-1)
+        return bool(((after - before).flatten(2).norm(dim=-1) <= tolerance * added).all())
+
     @torch.no_grad()
     def advance(self, block: int, replaced: Mapping[str, Tensor] | None = None) -> None:
         """Make the outputs of the block the next inputs, and free the block.
 
         The outputs are those of the forward pass that `collect` made, or of one made now; with `replaced` (site name
-        -> weight [out, in]) of one with these weights in the place of the block's own.
+        -> weight [out, in], or another parameter's name -> values) of one with these in the place of the block's own.
         """
         if replaced is not None or not self._done:
             self._load(block)
             sites = {site.name: site for site in self.layout.at(block)}
             for name, weight in (replaced or {}).items():
-                _matrix(self._model, sites[name]).copy_(weight)
+                own = _matrix(self._model, sites[name]) if name in sites else self._model.get_parameter(name).data
+                own.copy_(weight)
             self._forward()
         self._check_order(block)
         assert self._outputs is not None

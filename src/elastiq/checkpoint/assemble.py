@@ -27,7 +27,7 @@ from .names import (
     travels_along,
 )
 from .tensors import num_bytes, read_header, tensor_bytes, write_tensors
-from .units import Unit
+from .units import Unit, unit_beside
 
 HALF_LIMIT = 65504.0
 
@@ -48,7 +48,9 @@ def assemble(
     manifest = _manifest(units, recipe)
     digests: dict[str, dict[str, Any]] = {}
     sources = [*(unit.path for unit in units), *tuned]
-    base_specs, digests[BASE] = write_base(result, base, manifest)
+    beside = {name: values for unit in units for name, values in unit_beside(unit).items()}
+    changed = ((name, beside[name].to(tensor.dtype) if name in beside else tensor) for name, tensor in base)
+    base_specs, digests[BASE] = write_base(result, changed, manifest)
     for plane in range(1, manifest.planes + 1):
         digests[plane_file(plane)] = _write_plane(result / plane_file(plane), plane, manifest, sources)
     for path in sorted(source_dir.iterdir()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,24 @@ METADATA = "elastiq"
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit file read back: its matrices, the site names of each matrix, the rows of the table."""
+    """A unit file read back: its matrices, the site names of each matrix, the rows of the table, and the parameters
+    beside the matrices that have other values than the model's."""
 
     path: Path
     matrices: dict[str, StoredMatrix]
     sites: dict[str, list[str]]
     rows: list[dict[str, Any]]
+    beside: tuple[str, ...] = ()
 
 
-def write_unit_file(path: Path, weights: dict[Site, QuantizedWeight], rows: list[dict[str, Any]]) -> None:
-    """Write the planes and scales of `weights`. Raises ElastiqError for what the format cannot hold."""
+def write_unit_file(
+    path: Path,
+    weights: dict[Site, QuantizedWeight],
+    rows: list[dict[str, Any]],
+    beside: Mapping[str, Tensor],
+) -> None:
+    """Write the planes and scales of `weights`, and new values of parameters `beside` them. Raises ElastiqError for
+    what the format cannot hold."""
     members = _by_tensor(weights)
     codes = {site: _codes(site, weight) for site, weight in weights.items()}
     parts = {tensor: list(stored_parts(sites, weights)) for tensor, sites in members.items()}
@@ -46,7 +54,8 @@ def write_unit_file(path: Path, weights: dict[Site, QuantizedWeight], rows: list
         for plane in range(1, matrix.levels[-1] + 1)
         for short, spec in matrix.arrays(plane).items()
     }
-    payload = _Payload(_present(members, codes), parts)
+    specs |= {name: (values.dtype, tuple(values.shape)) for name, values in beside.items()}
+    payload = _Payload(_present(members, codes), parts, beside)
     description = {
         "matrices": [
             {
@@ -63,6 +72,7 @@ def write_unit_file(path: Path, weights: dict[Site, QuantizedWeight], rows: list
             for m in matrices.values()
         ],
         "rows": rows,
+        "beside": sorted(beside),
     }
     try:
         text = json.dumps(description, sort_keys=True, allow_nan=False)
@@ -80,18 +90,12 @@ def read_unit_file(path: Path) -> Unit:
     for row in description["matrices"]:
         row |= {"shape": tuple(row["shape"]), "levels": tuple(row["levels"]), "parts": from_rows(row["parts"])}
     matrices = {row["name"]: StoredMatrix(**row) for row in description["matrices"]}
-    return Unit(path, matrices, sites, description["rows"])
+    return Unit(path, matrices, sites, description["rows"], tuple(description["beside"]))
 
 
 def unit_weights(unit: Unit) -> dict[str, QuantizedWeight]:
     """The quantized matrices by site name, equal to those that were written."""
-    entries, _ = read_header(unit.path)
-    data = torch.from_file(str(unit.path), size=unit.path.stat().st_size, dtype=torch.uint8)
-
-    def array(name: str) -> Tensor:
-        entry = entries[name]
-        return data[entry.start : entry.end].view(entry.dtype).view(entry.shape)
-
+    array = _arrays(unit)
     weights = {}
     for matrix in unit.matrices.values():
         names = {name for plane in range(1, matrix.levels[-1] + 1) for name in matrix.arrays(plane)}
@@ -102,6 +106,24 @@ def unit_weights(unit: Unit) -> dict[str, QuantizedWeight]:
             own = [part for part in matrix.parts if part.expert == expert]
             weights[site] = restored(own, arrays, codes.get(index))
     return weights
+
+
+def unit_beside(unit: Unit) -> dict[str, Tensor]:
+    """The new values of parameters beside the matrices, float32."""
+    array = _arrays(unit)
+    return {name: array(name) for name in unit.beside}
+
+
+def _arrays(unit: Unit) -> Callable[[str], Tensor]:
+    """Arrays of the file by name, mapped."""
+    entries, _ = read_header(unit.path)
+    data = torch.from_file(str(unit.path), size=unit.path.stat().st_size, dtype=torch.uint8)
+
+    def array(name: str) -> Tensor:
+        entry = entries[name]
+        return data[entry.start : entry.end].view(entry.dtype).view(entry.shape)
+
+    return array
 
 
 def _read_codes(matrix: StoredMatrix, arrays: Mapping[str, Tensor]) -> dict[int, Codes]:
@@ -135,7 +157,7 @@ def write_scales_file(path: Path, weights: Mapping[Site, Codes], level: int, fac
         for short, spec in matrix.arrays(1 if level == matrix.levels[0] else level).items()
         if short in matrix.scale_arrays(level)
     }
-    payload = _Payload(_present(members, checked), {})
+    payload = _Payload(_present(members, checked), {}, {})
     write_tensors(path, specs, payload, {METADATA: json.dumps(facts, sort_keys=True, allow_nan=False)})
 
 
@@ -156,9 +178,14 @@ def _by_tensor(weights: Iterable[Site]) -> dict[str, list[Site]]:
 class _Payload:
     """Bytes of each array, packing one matrix at a time."""
 
-    def __init__(self, members: dict[str, list[Codes]], parts: Mapping[str, list[tuple[StoredPart, Part]]]) -> None:
+    def __init__(
+        self,
+        members: dict[str, list[Codes]],
+        parts: Mapping[str, list[tuple[StoredPart, Part]]],
+        beside: Mapping[str, Tensor],
+    ) -> None:
         self.members = members
-        self.kept = {
+        self.kept = dict(beside) | {
             f"{tensor}.{stored.prefix}{short}": kept.array
             for tensor, found in parts.items()
             for stored, part in found

@@ -20,7 +20,7 @@ from .fingerprint import differences
 from .lock import try_lock
 from .manifest import Manifest
 from .names import CHECKSUMS, CONFIG, FINGERPRINT, MADE_LATER
-from .units import read_facts, read_unit_file, unit_weights, write_scales_file, write_unit_file
+from .units import read_facts, read_unit_file, unit_beside, unit_weights, write_scales_file, write_unit_file
 
 _UNIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,100}")
 _RESUME = "run the same command again (finished blocks are kept)"
@@ -81,15 +81,26 @@ class CheckpointWriter:
         """Names of the durable units."""
         return {path.stem for path in self._units.glob("*.safetensors")}
 
-    def write_unit(self, unit: str, weights: dict[Site, QuantizedWeight], rows: list[dict[str, Any]]) -> None:
-        """Make the matrices of one unit durable; `rows` are their entries of the level table, one per site."""
+    def write_unit(
+        self,
+        unit: str,
+        weights: dict[Site, QuantizedWeight],
+        rows: list[dict[str, Any]],
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Make the matrices of one unit durable; `rows` are their entries of the level table, one per site. beside:
+        parameter -> float32 values that take the place of the base's."""
         path = self._unit_path(unit)
         with disk_errors(self.output, _RESUME):
-            replace_durably(path, lambda temporary: write_unit_file(temporary, weights, rows))
+            replace_durably(path, lambda temporary: write_unit_file(temporary, weights, rows, beside or {}))
 
     def read_unit(self, unit: str) -> dict[str, QuantizedWeight]:
         """The matrices of a durable unit by site name."""
         return unit_weights(read_unit_file(self._unit_path(unit)))
+
+    def read_beside(self, unit: str) -> dict[str, Tensor]:
+        """The parameters beside them that have new values."""
+        return unit_beside(read_unit_file(self._unit_path(unit)))
 
     def tuned(self) -> dict[int, dict[str, Any]]:
         """Levels whose tuned scales are durable, with the facts they were written with."""

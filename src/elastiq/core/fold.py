@@ -14,7 +14,8 @@ from .stats import Stats
 class Fold(Part):
     """An invertible linear map T of a matrix's input: W x = (W T⁻¹) (T x).
 
-    The weight takes its side before it is quantized; the runtime applies the other to what the matrix is given.
+    The weight takes its side before it is quantized; the other is taken by what comes before the matrix if it can, and
+    by the runtime, on what the matrix is given, otherwise.
     """
 
     @abstractmethod
@@ -28,6 +29,10 @@ class Fold(Part):
     @abstractmethod
     def out_of(self, weight: Tensor) -> Tensor:
         """W of W T⁻¹ [out, in]: what the matrix does to inputs that were not transformed."""
+
+    def divisor(self) -> Tensor | None:
+        """[in] by which T divides each channel, where that is all it does: what comes before may do it instead."""
+        return None
 
     @abstractmethod
     def stats(self, stats: Stats) -> Stats:

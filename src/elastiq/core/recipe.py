@@ -41,6 +41,8 @@ class Recipe:
         for field, known in _CHOICES.items():
             if getattr(self, field) not in known:
                 raise ElastiqError(f"recipe: {field}={getattr(self, field)!r} is not one of {', '.join(known)}")
+        if self.tuner is not None and (self.transforms or self.splits or self.compensators):
+            raise ElastiqError("recipe: tuners know integer codes alone; leave out transforms, splits, compensators")
 
     @property
     def levels(self) -> tuple[int, ...]:

@@ -35,6 +35,9 @@ class Diagonal(Fold, kind="diagonal"):
     def out_of(self, weight: Tensor) -> Tensor:
         return weight / self.scale.float()
 
+    def divisor(self) -> Tensor:
+        return self.scale.float()
+
     def stats(self, stats: Stats) -> Stats:
         s = self.scale.float()
 

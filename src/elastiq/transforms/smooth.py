@@ -18,8 +18,8 @@ class SmoothQuant(Transform, name="smooth"):
     """Moves the range of the activations into the weights: s = max|x|^alpha / max|w|^(1 - alpha) per channel
     (SmoothQuant, 2211.10438, equation 4).
 
-    It is for 8 bits of weights and activations; with weights alone it makes them no easier. All sites are smoothed, not
-    only those behind a norm.
+    It is for 8 bits of weights and activations; weights alone it makes no easier. All inputs are smoothed, not
+    only those behind a norm; where neither a norm nor a matrix can take the scales over, they stay at the input.
     """
 
     alpha: float = 0.5
