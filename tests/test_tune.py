@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import elastiq
-from elastiq import ElastiqError, recipes
+from elastiq import ElastiqError, recipes, tune
 from elastiq.allocate import Budget, allocate
 from elastiq.calibrate import mixed_ids
 from elastiq.checkpoint import CheckpointReader
 from elastiq.evaluate import load_tokenizer
+from elastiq.models import ModelSource, build_skeleton, discover, load_module
 from elastiq.quantize import plan, quantize
-from elastiq.tune import Divergence
-from elastiq.tuners import ScaleTuning
+from elastiq.tuners import CoDistillation, ScaleTuning
 
 IDS = torch.randint(1, 250, (8, 32), generator=torch.Generator().manual_seed(0))
 TEXT = torch.randint(1, 250, (20, 32), generator=torch.Generator().manual_seed(1))
@@ -49,7 +49,7 @@ def test_divergence_and_its_gradient(known: int) -> None:
     logits = (2 * torch.randn(9, 40, generator=generator)).requires_grad_()
     log_p = (2 * torch.randn(9, 40, generator=generator)).log_softmax(-1)
     best, tokens = log_p.topk(known)
-    loss = Divergence.apply(logits, tokens, best)
+    loss = tune.Divergence.apply(logits, tokens, best)
     (3 * loss).backward()
     twin = logits.detach().double().requires_grad_()
     q, p = twin.softmax(-1).gather(1, tokens), best.double().exp()
@@ -88,6 +88,58 @@ def test_every_kind_of_matrix(family: str, tiny_model: Callable[[str], Path], tm
         allocate(tmp_path / "after", Budget(bits=3.0))
 
 
+CASES = ("block_tuner llama", "block_tuner gpt2", "block_tuner qwen3_moe", "tuner llama", "tuner gpt2")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_codes_and_scales_together(case: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Block by block and end to end: planes change, the file reads as the tuner left it, the run may be stopped."""
+    slot, family = case.split()
+    source, tuner = tiny_model(family), CoDistillation(steps=8, batch=2, rate=2e-2, scale_rate=5e-3, holdout=2)
+    recipe = replace(UNTUNED, **{slot: tuner})
+    quantize(source, tmp_path / "before", UNTUNED, TEXT)
+    summary = quantize(source, tmp_path / "after", recipe, TEXT, tuning=TEXT, dtype=torch.float32)
+    before, after = digests(tmp_path / "before"), digests(tmp_path / "after")
+    assert before["base.safetensors"] == after["base.safetensors"]
+    assert before["plane-4.safetensors"] != after["plane-4.safetensors"]
+    left = [divergence(tmp_path / "after", source, r) / divergence(tmp_path / "before", source, r) for r in (2, 4)]
+    assert sum(left) < 2
+    assert slot == "block_tuner" or set(summary.tuning) == {"2", "4"}
+    errors = [[row["levels"][r]["error"] for row in CheckpointReader(tmp_path / "after").table] for r in ("2", "4")]
+    assert all((error is None) == (slot == "tuner") for column in errors for error in column)
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what.startswith("tuning") and done == total - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", recipe, TEXT, tuning=TEXT, dtype=torch.float32, progress=progress)
+    quantize(source, tmp_path / "out", recipe, TEXT, tuning=TEXT, dtype=torch.float32)
+    assert digests(tmp_path / "out") == after
+
+
+def test_blocks_computed_again_give_the_same_gradients(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    source = ModelSource(tiny_model("llama"))
+    model = build_skeleton(source, torch.float32)
+    layout = discover(model)
+    load_module(model, "", source, torch.float32, "cpu")
+    tune._write_answers(tmp_path / "answers", model, TEXT, torch.float32, "cpu", lambda *_: None)
+    weights = {site.name: model.get_submodule(site.name).weight.detach() * 0.9 for site in layout.sites}
+    gradients = []
+    for recomputed in ((), layout.blocks):
+        objective = tune.TextObjective(
+            model, layout.sites, TEXT, tmp_path / "answers", torch.float32, "cpu", lambda _: None, recomputed
+        )
+        trained = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+        second = objective.answers(lambda name: weights[name] * 0.8, [0, 3])
+        objective.loss(trained.__getitem__, [0, 3], second).backward()
+        gradients.append({name: weight.grad for name, weight in trained.items()})
+    plain, again = gradients
+    assert all(torch.allclose(plain[name], again[name], rtol=1e-5, atol=1e-9) for name in weights)
+    assert all(bool(grad.abs().max() > 0) for grad in plain.values())
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
 def test_bfloat16_arithmetic_also_helps(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     quantize(tiny_model("llama"), tmp_path / "before", UNTUNED, IDS)
     quantize(tiny_model("llama"), tmp_path / "after", RECIPE, IDS, tuning=TEXT, dtype=torch.bfloat16)
@@ -119,8 +171,11 @@ def test_stopped_and_resumed_is_byte_identical(tiny_model: Callable[[str], Path]
 
 
 def test_a_dry_run_counts_the_tuning(tiny_model: Callable[[str], Path]) -> None:
-    untuned, tuned = (plan(tiny_model("llama"), recipe, num_samples=8, seq_len=32) for recipe in (UNTUNED, RECIPE))
-    assert tuned.peak_memory > 0 and tuned.seconds > untuned.seconds and tuned.levels == untuned.levels
+    untuned = plan(tiny_model("llama"), UNTUNED, num_samples=8, seq_len=32)
+    for slot in ("tuner", "block_tuner"):
+        recipe = replace(UNTUNED, **{slot: ScaleTuning(steps=2000)})
+        tuned = plan(tiny_model("llama"), recipe, num_samples=8, seq_len=32)
+        assert tuned.peak_memory > 0 and tuned.seconds > untuned.seconds and tuned.levels == untuned.levels
 
 
 def test_another_tuning_text_is_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from hashlib import sha256
 from importlib.metadata import version
 from itertools import chain
@@ -24,14 +24,14 @@ from .absorb import Absorbed, absorb
 from .calibrate import BlockStream, calibration_ids, mixed_ids
 from .checkpoint import CheckpointReader, CheckpointWriter, is_finished
 from .checkpoint.sizes import level_sizes
-from .core import Codes, ElastiqError, Fold, QuantizedWeight, Recipe, SideTerm, Site, Stats
+from .core import Codes, ElastiqError, Fold, QuantizedWeight, Recipe, SideTerm, Site, Stats, Tuner
 from .evaluate import mean_error, write_card
 from .formats import Integer
 from .importing import ordinary
 from .linalg import native
 from .models import Layout, ModelSource, build_skeleton, discover, free_module, load_module
 from .solvers import Nested, RoundToNearest
-from .tune import arithmetic, estimate, tune
+from .tune import Forgetful, arithmetic, codes_of, estimate, groups_of, tune
 
 log = logging.getLogger("elastiq")
 
@@ -183,7 +183,9 @@ def _quantize(
         if recipe.tuner is not None and tuning_ids is not None:
             sites = layout.sites + (layout.outer if recipe.embeddings else ())
             precision = arithmetic(device, dtype)
-            tuned = tune(writer, source, sites, recipe.levels, recipe.tuner, tuning_ids, precision, device, report)
+            tuned = tune(
+                writer, source, layout, sites, recipe.levels, recipe.tuner, tuning_ids, precision, device, report
+            )
             info["tuning"] = {"windows": len(tuning_ids), "loss": tuned}
         report("writing the checkpoint", 0, 1)
         writer.finish(_base(source, layout, recipe), source.path, _config(source), recipe, info)
@@ -266,8 +268,27 @@ class _Run:
             solved[site], row = quantize_matrix(site, weight, stats, self.recipe, block_energy, left)
             rows.append(row)
         self.report(f"solving {unit}", len(sites), len(sites))
+        if self.recipe.block_tuner is not None and sites[0].block >= 0:
+            self._tune(self.recipe.block_tuner, unit, solved)
+            for site, row in zip(sites, rows, strict=True):
+                set_errors(row, weights[site.name], solved[site], statistics[site.name])
         beside = {name: self.stream.parameter(block, name) * factor for name, factor in absorbed.factors.items()}
         self.writer.write_unit(unit, solved, rows, beside)
+
+    def _tune(self, tuner: Tuner, unit: str, solved: dict[Site, QuantizedWeight]) -> None:
+        """Replace the codes and scales of a block by what `tuner` makes of them."""
+        codes = {site.name: codes_of(site.name, weight, "cpu") for site, weight in solved.items()}
+        for levels in groups_of(tuner, self.recipe.levels):
+            windows = len(self.stream.objective(self.stream.block, lambda done: None))
+            calls = tuner.calls(windows, levels)
+            called = partial(self._report_tuning, f"tuning {unit} at {', '.join(map(str, levels))} bits", calls)
+            tuned = tuner.tune(self.stream.objective(self.stream.block, called), codes, levels, Forgetful())
+            codes = dict(tuned.terms)
+            called(calls)
+        solved |= {site: QuantizedWeight((codes[site.name],)) for site in solved}
+
+    def _report_tuning(self, what: str, calls: int, done: int) -> None:
+        self.report(what, done, calls)
 
     def _folds(
         self, sites: Sequence[Site], weights: Mapping[str, Tensor], statistics: Mapping[str, Stats]
@@ -329,13 +350,6 @@ def quantize_matrix(
     if site.role == "expert" and quantized.shift(recipe.levels[0]) is not None:
         raise ElastiqError(f"{site.name}: an expert has no output of its own to shift; leave the bias correction out")
     energy = _energy(weight, stats)
-    levels = {
-        str(level): {
-            "num_bits": quantized.num_bits(level),
-            "error": _energy(weight - quantized.dequantize(level), stats) / energy if energy else 0.0,
-        }
-        for level in recipe.levels
-    }
     first = quantized.terms[0]
     group_size = first.grid.group_size if isinstance(first, Codes) else getattr(first, "group_size", site.shape[1])
     row = {
@@ -352,9 +366,17 @@ def quantize_matrix(
         "energy": energy * stats.total / (stats.count * site.shape[0] * block_energy)
         if block_energy and stats.count
         else None,
-        "levels": levels,
+        "levels": {str(level): {"num_bits": quantized.num_bits(level)} for level in recipe.levels},
     }
+    set_errors(row, weight, quantized, stats)
     return quantized, row
+
+
+def set_errors(row: dict[str, Any], weight: Tensor, quantized: QuantizedWeight, stats: Stats) -> None:
+    """Put the relative output error of every level into a matrix's row of the level table."""
+    energy = _energy(weight, stats)
+    for level, cell in row["levels"].items():
+        cell["error"] = _energy(weight - quantized.dequantize(int(level)), stats) / energy if energy else 0.0
 
 
 def _solve(weight: Tensor, stats: Stats, recipe: Recipe, folds: tuple[Fold, ...]) -> QuantizedWeight:
@@ -465,6 +487,12 @@ def _plan(source: ModelSource, skeleton: Any, layout: Layout, recipe: Recipe, nu
     states = 4 * num_samples * seq_len * skeleton.config.get_text_config().hidden_size
     memory = _memory_estimate(layout, recipe, states)
     seconds = _flops(layout, sites, recipe, num_samples * seq_len) / _matmul_rate(torch.float32)
+    if recipe.block_tuner is not None:
+        tuner, windows = recipe.block_tuner, num_samples
+        calls = sum(tuner.calls(windows, group) for group in groups_of(tuner, recipe.levels))
+        tokens = seq_len * min(tuner.batch, windows) * calls
+        seconds += 6.0 * tokens * sum(site.num_weights for site in layout.sites) / _matmul_rate(torch.float32)
+        memory += 40 * max(sum(site.num_weights for site in layout.at(b)) for b in range(len(layout.blocks)))
     if recipe.tuner is not None:
         precision = arithmetic("cpu", None)
         tuning, flops = estimate(skeleton, sites, recipe.levels, recipe.tuner, seq_len, precision)

@@ -83,7 +83,7 @@ def rehearse(
 
     with _removed(room):
         nested = room / "nested"
-        plain = replace(recipe, solver=RoundToNearest(), tuner=None)
+        plain = replace(recipe, solver=RoundToNearest(), block_tuner=None, tuner=None)
         passed = attempt("quantize", lambda: _quantize(model, nested, plain, revision, device))
         if passed:
             passed = attempt("load", lambda: _load(nested, recipe.levels, device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,14 +12,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from .calibrate import by_parameter, parameter
 from .checkpoint import CheckpointWriter
 from .checkpoint.tensors import tensor_bytes, write_tensors
-from .core import Codes, ElastiqError, Site, Tuner
-from .models import ModelSource, build_skeleton, free_parameter, load_module
+from .core import Codes, ElastiqError, QuantizedWeight, Site, Tuner
+from .linalg.training import Weights
+from .models import Layout, ModelSource, build_skeleton, free_parameter, load_module
 
 Progress = Callable[[str, int, int], None]
 
@@ -33,6 +37,7 @@ _CHUNK = 2**21
 def tune(
     writer: CheckpointWriter,
     source: ModelSource,
+    layout: Layout,
     sites: Sequence[Site],
     levels: Sequence[int],
     tuner: Tuner,
@@ -46,25 +51,26 @@ def tune(
     ids: int64 [windows, seq_len]. dtype: of the arithmetic; what is not a matrix of `sites` stays in float32. Memory:
     the matrices once in `dtype`, codes, the answers, and the activations of one batch.
     """
-    todo = [level for level in levels if level not in writer.tuned()]
+    todo = [group for group in groups_of(tuner, levels) if not set(group) <= writer.tuned().keys()]
     if todo:
         model = build_skeleton(source, torch.float32)
         _load(model, source, sites, dtype, device)
         answers = writer.side_file("answers")
         if not answers.is_file():
             writer.write_side_file("answers", lambda path: _write_answers(path, model, ids, dtype, device, report))
-        for name in _parameters(sites):
+        for name in by_parameter(sites):
             free_parameter(model, name)
         terms = _terms(writer, device)
-        for level in todo:
-            calls = tuner.calls(len(ids), level)
-            objective = TextObjective(
-                model, sites, ids, answers, dtype, device, partial(_report_call, report, level, calls)
-            )
-            tuned = tuner.tune(objective, terms, level, FileJournal(writer, f"state-{level}"))
+        for group in todo:
+            calls = tuner.calls(len(ids), group)
+            called = partial(_report_call, report, group, calls)
+            kept = layout.blocks if tuner.joint else ()
+            objective = TextObjective(model, sites, ids, answers, dtype, device, called, kept)
+            tuned = tuner.tune(objective, terms, group, FileJournal(writer, f"state-{group[0]}-{group[-1]}"))
             by_site = {site: tuned.terms[site.name] for site in sites}
-            writer.write_tuned(level, by_site, {"before": tuned.before, "after": tuned.after})
-            _report_call(report, level, calls, calls)
+            facts = {level: {"before": tuned.before[level], "after": tuned.after[level]} for level in group}
+            writer.write_tuned(facts, by_site, codes=tuner.joint)
+            called(calls)
     return writer.tuned()
 
 
@@ -74,17 +80,22 @@ def estimate(
     """Bytes of memory, and multiplications and additions, that `tune` takes, roughly; `model` may be on meta."""
     total = sum({id(p): p.numel() for p in model.parameters()}.values())
     matrices = sum(site.num_weights for site in sites)
-    calls = [tuner.calls(tuner.windows, level) for level in levels]
-    tokens = seq_len * tuner.windows * (1 + 3 * sum(calls) / max(calls))
-    batch = seq_len * -(-tuner.windows // max(calls))
+    calls = sum(tuner.calls(tuner.windows, group) for group in groups_of(tuner, levels))
+    batch = seq_len * tuner.batch
+    tokens = seq_len * tuner.windows + (4 if tuner.joint else 3) * batch * calls
     width = model.config.get_text_config().vocab_size + sum(sum(site.shape) for site in sites)
     return matrices * (2 * dtype.itemsize + 1) + 8 * (total - matrices) + 2 * dtype.itemsize * batch * width, (
         2.0 * total * tokens
     )
 
 
-def _report_call(report: Progress, level: int, calls: int, done: int) -> None:
-    report(f"tuning {level} bits", done, calls)
+def groups_of(tuner: Tuner, levels: Sequence[int]) -> list[tuple[int, ...]]:
+    """Levels that are tuned together."""
+    return [tuple(levels)] if tuner.joint else [(level,) for level in levels]
+
+
+def _report_call(report: Progress, levels: Sequence[int], calls: int, done: int) -> None:
+    report(f"tuning {', '.join(map(str, levels))} bits", done, calls)
 
 
 def arithmetic(device: torch.device | str, wanted: torch.dtype | None) -> torch.dtype:
@@ -100,7 +111,8 @@ class TextObjective:
     """Divergence of the model's next-token probabilities from the full model's, on windows of text.
 
     model: everything but the matrices of `sites` loaded. answers: file that `_write_answers` made for `ids`.
-    called: told before each loss how many were computed.
+    called: told before each loss how many were computed. recomputed: names of the blocks whose activations and matrices
+    are not kept for the backward pass but computed again.
     """
 
     def __init__(
@@ -112,35 +124,67 @@ class TextObjective:
         dtype: torch.dtype,
         device: torch.device | str,
         called: Callable[[int], None],
+        recomputed: Sequence[str] = (),
     ) -> None:
         self._model, self._ids, self._dtype, self._device = model, ids, dtype, torch.device(device)
-        self._parameters = _parameters(sites)
+        self._parameters = by_parameter(sites)
         self._answers = safe_open(answers, framework="pt")
         self._calls, self._called = 0, called
+        self._recomputed = recomputed
 
     def __len__(self) -> int:
         return len(self._ids)
 
-    def loss(self, weight: Callable[[str], Tensor], windows: Sequence[int]) -> Tensor:
+    def loss(
+        self, weight: Weights, windows: Sequence[int], second: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
         """Mean over all positions of these windows; see `Objective`."""
         self._called(self._calls)
         self._calls += 1
-        parameters = {name: self._parameter(members, weight) for name, members in self._parameters.items()}
-        arguments = {"input_ids": self._ids[list(windows)].to(self._device), "use_cache": False}
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            logits = functional_call(self._model, parameters, (), arguments).logits
-        tokens, log_p = (
+        logits = self._logits(weight, windows)
+        kept = [
             torch.stack([self._answers.get_slice(name)[window] for window in windows]).to(self._device).flatten(0, 1)
             for name in ("tokens", "log_probabilities")
-        )
-        loss: Tensor = Divergence.apply(logits.flatten(0, 1), tokens.long(), log_p.float())
-        return loss
+        ]
+        compared = [kept] if second is None else [kept, second]
+        return torch.stack([Divergence.apply(logits, tokens.long(), p.float()) for tokens, p in compared]).mean()
 
-    def _parameter(self, members: Sequence[Site], weight: Callable[[str], Tensor]) -> Tensor:
-        values = [weight(site.name).to(self._device, self._dtype) for site in members]
-        if members[0].expert is not None:
-            return torch.stack(values)
-        return values[0].T if members[0].role == "conv1d" else values[0]
+    @torch.no_grad()
+    def answers(self, weight: Weights, windows: Sequence[int]) -> tuple[Tensor, ...]:
+        """Most probable tokens and their log probabilities, [positions, known]."""
+        return most_probable(self._logits(weight, windows))
+
+    def _logits(self, weight: Weights, windows: Sequence[int]) -> Tensor:
+        """[positions, vocabulary] of the model with these matrices."""
+        arguments = {"input_ids": self._ids[list(windows)].to(self._device), "use_cache": False}
+        parameters = dict(self._parameters)
+        with ExitStack() as undo:
+            for name in self._recomputed:
+                block = self._model.get_submodule(name)
+                inside = {key: parameters.pop(key) for key in list(parameters) if key.startswith(f"{name}.")}
+                own = {key.removeprefix(f"{name}."): members for key, members in inside.items()}
+                block.forward = partial(self._run_block, block, own, weight)
+                undo.callback(delattr, block, "forward")
+            undo.enter_context(torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32))
+            outside = {key: parameter(sites, weight, self._device, self._dtype) for key, sites in parameters.items()}
+            logits: Tensor = functional_call(self._model, outside, (), arguments).logits
+        return logits.flatten(0, 1)
+
+    def _run_block(
+        self, block: nn.Module, own: Mapping[str, list[Site]], weight: Weights, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A block's forward pass that keeps its inputs alone for the backward pass."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            parameters = {name: parameter(members, weight, self._device, self._dtype) for name, members in own.items()}
+            ours = block.__dict__.pop("forward", None)  # gone by the time of the backward pass
+            try:
+                return functional_call(block, parameters, args, kwargs)
+            finally:
+                if ours is not None:
+                    block.forward = ours
+
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 class FileJournal:
@@ -158,6 +202,16 @@ class FileJournal:
         self._writer.write_side_file(
             self._name, lambda path: write_tensors(path, specs, lambda name: [tensor_bytes(state[name])])
         )
+
+
+class Forgetful:
+    """A `Journal` for work too short to be kept."""
+
+    def load(self) -> dict[str, Tensor]:
+        return {}
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        pass
 
 
 class Divergence(torch.autograd.Function):
@@ -192,6 +246,13 @@ class Divergence(torch.autograd.Function):
         return ctx.gradient * grads[0], None, None
 
 
+def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and log probabilities [..., known] of the most probable answers, in no order."""
+    logits = logits.float()
+    best, index = logits.topk(min(KEPT_ANSWERS, logits.shape[-1]), sorted=False)
+    return index, best - logits.logsumexp(-1, keepdim=True)
+
+
 @torch.no_grad()
 def _write_answers(
     path: Path, model: PreTrainedModel, ids: Tensor, dtype: torch.dtype, device: torch.device | str, report: Progress
@@ -206,8 +267,8 @@ def _write_answers(
         part = ids[first : first + batch].to(device)
         with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
             logits = model(input_ids=part, use_cache=False).logits.float()
-        best, index = logits.topk(min(KEPT_ANSWERS, logits.shape[-1]), sorted=False)
-        log_p.append((best - logits.logsumexp(-1, keepdim=True)).half().cpu())
+        index, best = most_probable(logits)
+        log_p.append(best.half().cpu())
         tokens.append(index.int().cpu())
     report("reading the full model's answers", len(ids), len(ids))
     if not all(bool(torch.isfinite(part).all()) for part in log_p):
@@ -222,26 +283,21 @@ def _load(
     model: PreTrainedModel, source: ModelSource, sites: Sequence[Site], dtype: torch.dtype, device: torch.device | str
 ) -> None:
     """The whole model: what holds a matrix of `sites` in `dtype`, everything else in float32."""
-    owners = {name.rpartition(".")[0] for name in _parameters(sites)}
+    owners = {name.rpartition(".")[0] for name in by_parameter(sites)}
     for name, _ in model.named_modules():
         load_module(model, name, source, dtype if name in owners else torch.float32, device, recurse=False)
 
 
-def _parameters(sites: Sequence[Site]) -> dict[str, list[Site]]:
-    """Sites by the name of the model's parameter they are in, experts in their order."""
-    found: dict[str, list[Site]] = {}
-    for site in sites:
-        found.setdefault(site.tensor if site.expert is not None else f"{site.name}.weight", []).append(site)
-    return {name: sorted(members, key=lambda site: site.expert or 0) for name, members in found.items()}
+def codes_of(name: str, weight: QuantizedWeight, device: torch.device | str) -> Codes:
+    """The codes of matrix `name`. Raises ElastiqError if it is made of anything else."""
+    codes = weight.terms[0]
+    if len(weight.terms) != 1 or weight.folds or not isinstance(codes, Codes):
+        raise ElastiqError(f"{name}: a tuner works on nested integer codes alone; choose another format or solver")
+    grid = replace(codes.grid, scale=codes.grid.scale.to(device), zero_point=codes.grid.zero_point.to(device))
+    return Codes(codes.codes.to(device), grid)
 
 
 def _terms(writer: CheckpointWriter, device: torch.device | str) -> dict[str, Codes]:
     """The finished codes of every matrix by site name."""
-    found = {}
-    for unit in sorted(writer.finished()):
-        for name, weight in writer.read_unit(unit).items():
-            (codes,) = weight.terms
-            assert isinstance(codes, Codes)
-            grid = replace(codes.grid, scale=codes.grid.scale.to(device), zero_point=codes.grid.zero_point.to(device))
-            found[name] = Codes(codes.codes.to(device), grid)
-    return found
+    units = (writer.read_unit(unit) for unit in sorted(writer.finished()))
+    return {name: codes_of(name, weight, device) for unit in units for name, weight in unit.items()}

@@ -12,9 +12,16 @@ from torch import Tensor
 from elastiq.core import Codes, ElastiqError, Stats, Step, Tuner, step_from_dict, to_half
 from elastiq.formats import Integer
 from elastiq.solvers import RoundToNearest
-from elastiq.tuners import ScaleTuning
+from elastiq.tuners import CoDistillation, GumbelChoice, ScaleTuning, SignRound
 
-CASES: list[Tuner] = [ScaleTuning(steps=25, batch=3, rate=1e-2, holdout=4), ScaleTuning(steps=3, rate=30.0)]
+CASES: list[Tuner] = [
+    ScaleTuning(steps=25, batch=3, rate=1e-2, holdout=4),
+    SignRound(steps=60, batch=3, rate=2e-2, holdout=4),
+    GumbelChoice(steps=60, batch=3, rate=8e-2, holdout=4),
+    CoDistillation(steps=60, batch=3, rate=2e-2, holdout=4),
+    ScaleTuning(steps=3, rate=30.0),
+    SignRound(steps=3, scale_rate=30.0),
+]
 FORMATS = [Integer((2, 3, 5), 32), Integer((3,), -1), Integer((2, 4), 64, symmetric=True)]
 
 
@@ -34,16 +41,28 @@ class TwoLayers:
     def __len__(self) -> int:
         return len(self.x)
 
-    def loss(self, weight: Callable[[str], Tensor], windows: Sequence[int]) -> Tensor:
+    def loss(
+        self, weight: Callable[[str], Tensor], windows: Sequence[int], second: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
         self.calls += 1
         x = self.x[list(windows)]
-        return (self.answer(weight, x) - self.answer(self.weights.__getitem__, x)).square().mean()
+        answer = self.answer(weight, x)
+        loss = (answer - self.answer(self.weights.__getitem__, x)).square().mean()
+        return loss if second is None else (loss + (answer - second[0]).square().mean()) / 2
+
+    def answers(self, weight: Callable[[str], Tensor], windows: Sequence[int]) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (self.answer(weight, self.x[list(windows)]),)
 
     def answer(self, weight: Callable[[str], Tensor], x: Tensor) -> Tensor:
         return (x @ weight("a").T).relu() @ weight("b").T
 
-    def loss_of(self, terms: dict[str, Codes], level: int) -> float:
+    def loss_of(self, terms: Mapping[str, Codes], level: int) -> float:
         return float(self.loss(lambda name: terms[name].dense(level), range(len(self))))
+
+    def left_of(self, terms: Mapping[str, Codes], before: Mapping[str, Codes], levels: Sequence[int]) -> float:
+        """Mean over the levels of what is left of the loss."""
+        return sum(self.loss_of(terms, level) / self.loss_of(before, level) for level in levels) / len(levels)
 
 
 class Memory:
@@ -72,53 +91,72 @@ def rounded(model: TwoLayers, format: Integer) -> dict[str, Codes]:
     return terms
 
 
+def groups(tuner: Tuner, format: Integer) -> list[tuple[int, ...]]:
+    """Levels that are tuned together."""
+    return [format.levels] if tuner.joint else [(level,) for level in format.levels]
+
+
 @pytest.mark.parametrize("tuner", CASES, ids=str)
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_contract(tuner: Tuner, format: Integer) -> None:
     model = TwoLayers()
     terms = rounded(model, format)
     copies = {name: (t.codes.clone(), t.grid.scale.clone(), t.grid.zero_point.clone()) for name, t in terms.items()}
-    for index, level in enumerate(format.levels):
+    for levels in groups(tuner, format):
         model.calls = 0
-        tuned = tuner.tune(model, terms, level, Memory())
-        assert model.calls == tuner.calls(len(model), level), "the progress bar's total is true"
-        assert tuned.after <= tuned.before
-        assert model.loss_of(dict(tuned.terms), level) <= model.loss_of(terms, level) * 1.02
+        tuned = tuner.tune(model, terms, levels, Memory())
+        assert model.calls == tuner.calls(len(model), levels), "the progress bar's total is true"
+        assert set(tuned.before) == set(tuned.after) == set(levels)
+        assert sum(tuned.after[level] / tuned.before[level] for level in levels) <= len(levels)
+        assert model.left_of(tuned.terms, terms, levels) <= 1.02
         for name, (codes, scale, zero_point) in copies.items():
             assert all(map(torch.equal, (terms[name].codes, terms[name].grid.scale), (codes, scale))), "inputs stay"
             after = tuned.terms[name]
-            others = [i for i in range(len(format.levels)) if i != index]
-            assert torch.equal(after.codes >> (format.levels[-1] - level), codes >> (format.levels[-1] - level))
+            others = [i for i, level in enumerate(format.levels) if level not in levels]
+            assert tuner.joint or torch.equal(after.codes, codes)
+            assert after.codes.dtype == torch.uint8 and int(after.codes.max()) < 2 ** format.levels[-1]
             assert after.grid.levels == format.levels and after.grid.group_size == terms[name].grid.group_size
             assert torch.equal(after.grid.scale[others], scale[others]), "no other level is touched"
             assert torch.equal(after.grid.zero_point[others], zero_point[others])
             for values in (after.grid.scale, after.grid.zero_point):
                 assert torch.equal(values, to_half(values)), "stored values are half precision"
             assert bool((after.grid.scale > 0).all())
-        again = tuner.tune(model, terms, level, Memory())
-        assert all(torch.equal(again.terms[n].dense(level), tuned.terms[n].dense(level)) for n in terms), "same bytes"
+        again = tuner.tune(model, terms, levels, Memory())
+        for name in terms:
+            assert all(torch.equal(again.terms[name].dense(r), tuned.terms[name].dense(r)) for r in levels)
 
 
-def test_scales_are_trained_and_a_step_too_large_is_given_up() -> None:
+@pytest.mark.parametrize("tuner", CASES[:4], ids=str)
+def test_the_loss_falls_and_codes_move_where_they_may(tuner: Tuner) -> None:
+    """One level, where no other holds codes back."""
+    model = TwoLayers()
+    terms = rounded(model, Integer((2,), 32))
+    tuned = tuner.tune(model, terms, (2,), Memory())
+    assert model.loss_of(tuned.terms, 2) < 0.93 * model.loss_of(terms, 2)
+    assert tuner.joint == any(not torch.equal(tuned.terms[name].codes, terms[name].codes) for name in terms)
+
+
+@pytest.mark.parametrize("tuner", CASES[4:], ids=str)
+def test_a_step_too_large_is_given_up(tuner: Tuner) -> None:
     model = TwoLayers()
     terms = rounded(model, FORMATS[0])
-    better, worse = (case.tune(model, terms, 2, Memory()) for case in CASES)
-    assert model.loss_of(dict(better.terms), 2) < 0.93 * model.loss_of(terms, 2)
-    assert worse.after == worse.before and worse.terms is terms
+    tuned = tuner.tune(model, terms, groups(tuner, FORMATS[0])[0], Memory())
+    assert tuned.after == tuned.before and tuned.terms is terms
 
 
-@pytest.mark.parametrize("tuner", [case for case in CASES if case.calls(24, 2) > 20], ids=str)
+@pytest.mark.parametrize("tuner", CASES[:4], ids=str)
 @pytest.mark.parametrize("saves", [1, 2])
 def test_stopped_and_called_again_it_gives_the_same(tuner: Tuner, saves: int) -> None:
     model = TwoLayers()
     terms = rounded(model, FORMATS[0])
-    whole = tuner.tune(model, terms, 2, Memory())
+    levels = groups(tuner, FORMATS[0])[0]
+    whole = tuner.tune(model, terms, levels, Memory())
     journal = Memory(saves)
     with pytest.raises(KeyboardInterrupt):
-        tuner.tune(model, terms, 2, journal)
+        tuner.tune(model, terms, levels, journal)
     model.calls = 0
-    resumed = tuner.tune(model, terms, 2, journal)
-    assert model.calls < tuner.calls(len(model), 2)
+    resumed = tuner.tune(model, terms, levels, journal)
+    assert model.calls < tuner.calls(len(model), levels)
     assert (resumed.before, resumed.after) == (whole.before, whole.after)
     assert all(torch.equal(resumed.terms[name].dense(2), whole.terms[name].dense(2)) for name in terms)
 
@@ -133,6 +171,12 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
     terms = rounded(model, FORMATS[0])
     model.weights["b"][0, 0] = torch.inf
     with pytest.raises(ElastiqError, match="scales: the loss at 2 bits is not finite after 0 steps; use a smaller"):
-        ScaleTuning(steps=2).tune(model, terms, 2, Memory())
+        ScaleTuning(steps=2).tune(model, terms, (2,), Memory())
     with pytest.raises(ElastiqError, match="scales: steps, batch, holdout, rate, falloff and fewer must be positive"):
         ScaleTuning(rate=0.0)
+
+
+@pytest.mark.parametrize("kind", [SignRound, GumbelChoice, CoDistillation])
+def test_a_parameter_that_is_not_positive_is_refused(kind: type[Tuner]) -> None:
+    with pytest.raises(ElastiqError, match=f"{kind.name}: every parameter but the seed must be positive"):
+        kind(scale_rate=0.0)  # type: ignore[call-arg]

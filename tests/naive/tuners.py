@@ -1,4 +1,4 @@
-"""Scale tuning as one would write it first: plain autograd in double precision, Adam by its formulas."""
+"""Tuning as one would write it first: plain autograd in double precision, one weight after the other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from elastiq.core import Codes, Objective
-from elastiq.tuners import ScaleTuning
+from elastiq.tuners import ScaleTuning, SignRound
 
 
 def decode(codes: Codes, level: int, scale_change: Tensor, zero_change: Tensor) -> Tensor:
@@ -45,3 +45,71 @@ def train(objective: Objective, terms: dict[str, Codes], level: int, tuner: Scal
                 mean, spread = first[name][i] / (1 - 0.9 ** (step + 1)), second[name][i] / (1 - 0.95 ** (step + 1))
                 pair[i] = (change - rate * mean / (spread.sqrt() + 1e-12)).detach()
     return {name: decode(terms[name], level, *pair).detach().float() for name, pair in changes.items()}
+
+
+@torch.no_grad()
+def moved(codes: Codes, low: int, moves: Tensor) -> Tensor:
+    """Codes of weights that have moved by `moves` cells of level `low`: the nearest in the cell they are in now."""
+    size = 2 ** (codes.grid.bits - low)
+    result = codes.codes.clone()
+    for i, row in enumerate(codes.codes.tolist()):
+        for j, code in enumerate(row):
+            cell = math.floor((code + 0.5) / size + float(moves[i, j]))
+            cell = min(max(cell, 0), 2**low - 1)
+            inside = range(cell * size, (cell + 1) * size)
+            result[i, j] = min(inside, key=lambda other: abs(other - code))
+    return result
+
+
+def read_moved(codes: Codes, levels: tuple[int, ...], level: int, moves: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """[out, in] float64 at `level`; moves pass gradients as if values were linear in them. scale, zero: changes."""
+    grid = codes.grid
+    index, group = grid.levels.index(level), torch.arange(codes.codes.shape[1]) // grid.group_size
+    code = (moved(codes, levels[0], moves.detach()) >> (grid.bits - level)).double()
+    code = code + 2.0 ** (level - levels[0]) * (moves - moves.detach())
+    scales = grid.scale[index].double() * (1 + scale)
+    zeros = grid.zero_point[index].double() + (2**level - 1) / 2 * zero
+    stored = [x + (x.detach().half() - x.detach()) for x in (scales, zeros)]
+    return stored[0][:, group] * (code - stored[1][:, group])
+
+
+def train_signs(
+    objective: Objective, terms: dict[str, Codes], levels: tuple[int, ...], tuner: SignRound
+) -> tuple[dict[str, Tensor], dict[str, dict[int, Tensor]]]:
+    """Codes, and values at every level, of every matrix after training."""
+    order = torch.randperm(len(objective), generator=torch.Generator().manual_seed(tuner.seed)).tolist()
+    held, training = order[: tuner.holdout], order[tuner.holdout :]
+    moves = {name: torch.zeros(codes.codes.shape, dtype=torch.float64) for name, codes in terms.items()}
+    changes = {
+        (name, level, kind): torch.zeros(codes.grid.scale[0].shape, dtype=torch.float64)
+        for name, codes in terms.items()
+        for level in levels
+        for kind in ("scale", "zero")
+    }
+
+    def read(name: str, level: int) -> Tensor:
+        pair = changes[name, level, "scale"], changes[name, level, "zero"]
+        return read_moved(terms[name], levels, level, moves[name], *pair).float()
+
+    before = {}
+    for level in levels:
+        batches = [held[i : i + tuner.batch] for i in range(0, len(held), tuner.batch)]
+        total = sum(len(b) * float(objective.loss(lambda name, r=level: read(name, r), b)) for b in batches)
+        before[level] = total / len(held)
+    for step in range(tuner.steps):
+        shape = min(1, (step + 1) / max(1, tuner.steps // 10)) * (1 + math.cos(math.pi * step / tuner.steps)) / 2
+        windows = [training[i % len(training)] for i in range(step * tuner.batch, (step + 1) * tuner.batch)]
+        trained = [*moves.values(), *changes.values()]
+        for tensor in trained:
+            tensor.requires_grad_(True).grad = None
+        for level in levels:
+            (objective.loss(lambda name, r=level: read(name, r), windows) / before[level]).backward()
+        with torch.no_grad():
+            for move in moves.values():
+                assert move.grad is not None
+                move.sub_(shape * tuner.rate * move.grad.sign()).clamp_(-tuner.reach, tuner.reach)
+            for (_, level, _), change in changes.items():
+                assert change.grad is not None
+                change.sub_(shape * tuner.scale_rate * tuner.falloff ** (level - 2) * change.grad.sign())
+    codes = {name: moved(terms[name], levels[0], moves[name]) for name in terms}
+    return codes, {name: {level: read(name, level).detach() for level in levels} for name in terms}

@@ -10,9 +10,9 @@ from naive.tuners import decode, train
 
 from elastiq.core import Codes, Stats
 from elastiq.formats import Integer
+from elastiq.linalg.training import FixedCodes
 from elastiq.solvers import RoundToNearest
 from elastiq.tuners import ScaleTuning
-from elastiq.tuners.scales import _Part
 
 
 @pytest.mark.parametrize("shape", [(6, 64), (5, 70)], ids=str)
@@ -20,7 +20,7 @@ from elastiq.tuners.scales import _Part
 def test_gradients_are_those_of_plain_autograd(shape: tuple[int, int], level: int) -> None:
     (codes,) = RoundToNearest().solve(weight_and_stats(*shape)[0], Integer((2, 5), 32), Stats())
     assert isinstance(codes, Codes)
-    part = _Part(codes, level)
+    part = FixedCodes(codes, level)
     direction = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     (part.decode() * direction).sum().backward()
     changes = [torch.zeros_like(change, dtype=torch.float64, requires_grad=True) for change in part.trained]
@@ -36,7 +36,7 @@ def test_training_equals_its_twin() -> None:
     model = TwoLayers()
     terms = rounded(model, Integer((2, 4), 32))
     tuner = ScaleTuning(steps=12, batch=3, rate=1e-2, holdout=4)
-    tuned = tuner.tune(model, terms, 2, Memory())
+    tuned = tuner.tune(model, terms, (2,), Memory())
     twin = train(model, terms, 2, tuner)
     for name in terms:
         moved = (terms[name].dense(2) - twin[name]).norm()

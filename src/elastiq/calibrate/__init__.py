@@ -1,6 +1,7 @@
 """Calibration: windows of tokens, and their way through a model one block at a time."""
 
+from .objective import BlockObjective, by_parameter, parameter
 from .stream import BlockStream
 from .text import Calibration, calibration_ids, mixed_ids
 
-__all__ = ["BlockStream", "Calibration", "calibration_ids", "mixed_ids"]
+__all__ = ["BlockObjective", "BlockStream", "Calibration", "by_parameter", "calibration_ids", "mixed_ids", "parameter"]

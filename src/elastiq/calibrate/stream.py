@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..core import ElastiqError, Site, Stats
 from ..models import Layout, ModelSource, free_module, give_back_memory, load_module, read_parameter
+from .objective import BlockObjective
 from .products import ExpertProducts, Products
 
 log = logging.getLogger("elastiq")
@@ -35,7 +37,7 @@ class _Call:
     kwargs: dict[str, Any]
     by_keyword: bool
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         if self.by_keyword:
             out = block(*self.args, hidden_states=hidden, **self.kwargs)
         else:
@@ -159,6 +161,23 @@ class BlockStream:
                 parameter.data = values[name]
         added = (before - self._batch(start, stop)).flatten(2).norm(dim=-1)
         return bool(((after - before).flatten(2).norm(dim=-1) <= tolerance * added).all())
+
+    def objective(self, block: int, called: Callable[[int], None]) -> BlockObjective:
+        """The distance of the block's outputs from those that `collect` found; `called` as in `BlockObjective`."""
+        self._check_order(block)
+        if not self._done or self._outputs is None:
+            raise ValueError("the objective is known after collect")
+        if 1 not in self._calls:
+            with torch.no_grad(), self._loading_on_call():
+                self._calls[1] = self._calls_of_all_blocks(self._ids[:1].to(self._device))[1]
+        call, module = self._calls[1][block], self._blocks[block]
+
+        def run(window: int, parameters: Mapping[str, Tensor]) -> Tensor:
+            replaced = partial(_with, module, parameters)
+            return call.run(replaced, self._batch(window, window + 1))[0]
+
+        sites, name = self.layout.at(block), self.layout.blocks[block]
+        return BlockObjective(sites, name, run, self._outputs, self._dtype, self._device, called)
 
     @torch.no_grad()
     def advance(self, block: int, replaced: Mapping[str, Tensor] | None = None) -> None:
@@ -411,6 +430,10 @@ class _Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._sites)
+
+
+def _with(module: nn.Module, parameters: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    return functional_call(module, dict(parameters), args, kwargs)
 
 
 def _matrix(model: PreTrainedModel, site: Site) -> Tensor:

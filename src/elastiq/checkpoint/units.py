@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,8 +145,11 @@ def _read_codes(matrix: StoredMatrix, arrays: Mapping[str, Tensor]) -> dict[int,
     return found
 
 
-def write_scales_file(path: Path, weights: Mapping[Site, Codes], level: int, facts: dict[str, Any]) -> None:
-    """Write the scales and zero points that `weights` have at `level`, and JSON-ready `facts` about them."""
+def write_tuned_file(
+    path: Path, weights: Mapping[Site, Codes], levels: Sequence[int], codes: bool, facts: dict[str, Any]
+) -> None:
+    """Write the scales and zero points that `weights` have at `levels`, with `codes` their planes too, and JSON-ready
+    `facts` about them."""
     members = _by_tensor(weights)
     whole = {site: QuantizedWeight((codes,)) for site, codes in weights.items()}
     checked = {site: _codes(site, weight) for site, weight in whole.items()}
@@ -154,15 +157,16 @@ def write_scales_file(path: Path, weights: Mapping[Site, Codes], level: int, fac
     specs = {
         f"{tensor}.{short}": spec
         for tensor, matrix in matrices.items()
-        for short, spec in matrix.arrays(1 if level == matrix.levels[0] else level).items()
-        if short in matrix.scale_arrays(level)
+        for plane in range(1, matrix.levels[-1] + 1)
+        for short, spec in matrix.arrays(plane).items()
+        if (codes and short == plane_array(plane)) or any(short in matrix.scale_arrays(level) for level in levels)
     }
     payload = _Payload(_present(members, checked), {}, {})
     write_tensors(path, specs, payload, {METADATA: json.dumps(facts, sort_keys=True, allow_nan=False)})
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The facts that `write_scales_file` was given."""
+    """The facts that `write_tuned_file` was given."""
     facts: dict[str, Any] = json.loads(read_header(path)[1][METADATA])
     return facts
 

@@ -20,7 +20,7 @@ from .fingerprint import differences
 from .lock import try_lock
 from .manifest import Manifest
 from .names import CHECKSUMS, CONFIG, FINGERPRINT, MADE_LATER
-from .units import read_facts, read_unit_file, unit_beside, unit_weights, write_scales_file, write_unit_file
+from .units import read_facts, read_unit_file, unit_beside, unit_weights, write_tuned_file, write_unit_file
 
 _UNIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,100}")
 _RESUME = "run the same command again (finished blocks are kept)"
@@ -104,14 +104,18 @@ class CheckpointWriter:
 
     def tuned(self) -> dict[int, dict[str, Any]]:
         """Levels whose tuned scales are durable, with the facts they were written with."""
-        return {int(path.stem): read_facts(path) for path in sorted(self._tuned.glob("*.safetensors"))}
+        facts = [read_facts(path) for path in sorted(self._tuned.glob("*.safetensors"))]
+        return {int(level): row for each in facts for level, row in each.items()}
 
-    def write_tuned(self, level: int, weights: Mapping[Site, Codes], facts: dict[str, Any]) -> None:
-        """Make the scales and zero points of one level durable; they take the place of those in the units."""
+    def write_tuned(self, facts: Mapping[int, dict[str, Any]], weights: Mapping[Site, Codes], codes: bool) -> None:
+        """Make the scales and zero points of some levels durable, with `codes` the codes too; they take the place of
+        those in the units. facts: level -> what is to be known about it."""
+        name = "-".join(map(str, facts))
+        text = {str(level): row for level, row in facts.items()}
         with disk_errors(self.output, _RESUME):
             replace_durably(
-                self._tuned / f"{level}.safetensors",
-                lambda temporary: write_scales_file(temporary, weights, level, facts),
+                self._tuned / f"{name}.safetensors",
+                lambda temporary: write_tuned_file(temporary, weights, list(facts), codes, text),
             )
 
     def side_file(self, name: str) -> Path:

@@ -24,6 +24,7 @@ class Recipe:
         when the matrix's output does at that token) or `uniform`.
     transforms, splits, compensators: steps in the order in which they are taken. A matrix that calibration did not
         reach goes without them.
+    block_tuner: what the codes and scales of a block become once it is solved, judged by the block's output.
     tuner: what the finished codes and scales become, judged by the whole model's answers; None leaves them.
     """
 
@@ -33,6 +34,7 @@ class Recipe:
     inputs: str = "full"
     token_weights: str = "output"
     tuner: Tuner | None = None
+    block_tuner: Tuner | None = None
     transforms: tuple[Transform, ...] = ()
     splits: tuple[Split, ...] = ()
     compensators: tuple[Compensator, ...] = ()
@@ -41,8 +43,9 @@ class Recipe:
         for field, known in _CHOICES.items():
             if getattr(self, field) not in known:
                 raise ElastiqError(f"recipe: {field}={getattr(self, field)!r} is not one of {', '.join(known)}")
-        if self.tuner is not None and (self.transforms or self.splits or self.compensators):
-            raise ElastiqError("recipe: tuners know integer codes alone; leave out transforms, splits, compensators")
+        taken = [name for name in _LISTS if getattr(self, name)]
+        if taken and (self.tuner or self.block_tuner):
+            raise ElastiqError(f"recipe: a tuner works on nested integer codes alone; leave out its {', '.join(taken)}")
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -56,12 +59,12 @@ class Recipe:
     @property
     def steps(self) -> tuple[Step, ...]:
         """All of them, in the order in which they are taken."""
-        tuner = () if self.tuner is None else (self.tuner,)
-        return (*self.transforms, *self.splits, self.format, self.solver, *self.compensators, *tuner)
+        tuners = tuple(tuner for tuner in (self.block_tuner, self.tuner) if tuner is not None)
+        return (*self.transforms, *self.splits, self.format, self.solver, *self.compensators, *tuners)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; an empty slot is left out."""
-        tuner = {} if self.tuner is None else {"tuner": self.tuner.to_dict()}
+        tuners = {"block_tuner": self.block_tuner, "tuner": self.tuner}
         lists = {name: [step.to_dict() for step in getattr(self, name)] for name in _LISTS if getattr(self, name)}
         return {
             "format": self.format.to_dict(),
@@ -69,7 +72,7 @@ class Recipe:
             "embeddings": self.embeddings,
             "inputs": self.inputs,
             "token_weights": self.token_weights,
-            **tuner,
+            **{slot: step.to_dict() for slot, step in tuners.items() if step is not None},
             **lists,
         }
 
@@ -78,7 +81,7 @@ class Recipe:
         """Raises ElastiqError for an unknown slot, step or parameter."""
         data = dict(data)
         steps: dict[str, Any] = {slot: step_from_dict(slot, data.pop(slot, {})) for slot in ("format", "solver")}
-        steps |= {slot: step_from_dict(slot, data.pop(slot)) for slot in ("tuner",) if slot in data}
+        steps |= {slot: step_from_dict("tuner", data.pop(slot)) for slot in ("block_tuner", "tuner") if slot in data}
         steps |= {name: tuple(step_from_dict(slot, row) for row in data.pop(name, ())) for name, slot in _LISTS.items()}
         unknown = sorted(set(data) - {"embeddings", *_CHOICES})
         if unknown:

@@ -114,16 +114,22 @@ class Solver(Step, slot="solver"):
 
 
 class Objective(Protocol):
-    """How far a model is from the full one, on windows of text to which the full one's answers are kept."""
+    """How far a model, or a block of one, is from the full one, on windows of text to which the answers are kept."""
 
     def __len__(self) -> int:
         """Number of windows."""
 
-    def loss(self, weight: Callable[[str], Tensor], windows: Sequence[int]) -> Tensor:
-        """Mean loss, differentiable, over these windows of the model whose matrix `name` is `weight(name)` [out, in].
+    def loss(
+        self, weight: Callable[[str], Tensor], windows: Sequence[int], second: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
+        """Mean loss, differentiable, over these windows when matrix `name` is `weight(name)` [out, in].
 
-        Each matrix is asked for once and not kept in more than the precision of the arithmetic.
+        second: answers of something else to the same windows; the loss is then the mean of the distances to both. Each
+        matrix is asked for once, and once more in the backward pass where that spares memory.
         """
+
+    def answers(self, weight: Callable[[str], Tensor], windows: Sequence[int]) -> tuple[Tensor, ...]:
+        """What is answered to these windows with such matrices, without gradients."""
 
 
 class Journal(Protocol):
@@ -138,16 +144,23 @@ class Journal(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What a tuner made of some matrices: terms by site name, the loss before and after on windows it did not train on
-    (`after` is not larger: a change that does not help is given up)."""
+    """What a tuner made of some matrices: terms by site name, the loss of each level before and after on windows it did
+    not train on (relative to before, the mean after is not above 1: a change that does not help is given up)."""
 
     terms: Mapping[str, Codes]
-    before: float
-    after: float
+    before: Mapping[int, float]
+    after: Mapping[int, float]
 
 
 class Tuner(Step, slot="tuner"):
-    """What finished codes and scales become when the whole model is judged and not one matrix."""
+    """What solved codes and scales become when a block, or the whole model, is judged and not one matrix.
+
+    joint: all levels are tuned together, and codes may change; otherwise one level is, and its codes stay.
+    batch: windows of one loss.
+    """
+
+    joint: ClassVar[bool] = False
+    batch: int
 
     @property
     @abstractmethod
@@ -155,12 +168,15 @@ class Tuner(Step, slot="tuner"):
         """Windows of text it makes use of."""
 
     @abstractmethod
-    def calls(self, windows: int, level: int) -> int:
-        """How often `tune` asks for a loss at `level`, given so many windows."""
+    def calls(self, windows: int, levels: Sequence[int]) -> int:
+        """How often `tune` asks for a loss at `levels`, given so many windows."""
 
     @abstractmethod
-    def tune(self, objective: Objective, terms: Mapping[str, Codes], level: int, journal: Journal) -> Tuned:
-        """Terms that read better at `level`, and the same as before at every other level with scales of its own.
+    def tune(
+        self, objective: Objective, terms: Mapping[str, Codes], levels: Sequence[int], journal: Journal
+    ) -> Tuned:
+        """Terms that read better at `levels` (ascending), and the same as before at every other level with scales of
+        its own: one level, or all of them if the tuner is `joint`.
 
         Stopped at any moment and called again with the same arguments, it gives the same result.
         """

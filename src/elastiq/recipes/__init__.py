@@ -9,17 +9,21 @@ from typing import Any
 
 from ..core import ElastiqError, Recipe
 from .any_precision import any_precision
+from .auto_round import auto_round
 from .awq import awq
 from .bias import bias
 from .bitstack import bitstack
 from .decoupleq import decoupleq
 from .fp8 import fp8
 from .gptq import gptq
+from .gsq import gsq
 from .llm_int8 import llm_int8
 from .lorc import lorc
+from .matquant import matquant
 from .mx import mx
 from .nested import nested
 from .nested_tuned import nested_tuned
+from .nested_tuned_blocks import nested_tuned_blocks
 from .nf4 import nf4
 from .nv import nv
 from .pb_llm import pb_llm
@@ -31,16 +35,20 @@ from .spqr import spqr
 _RECIPES: tuple[Callable[..., Recipe], ...] = (
     nested,
     nested_tuned,
+    nested_tuned_blocks,
     gptq,
     rtn,
     any_precision,
+    auto_round,
     awq,
     bias,
     bitstack,
     decoupleq,
     fp8,
+    gsq,
     llm_int8,
     lorc,
+    matquant,
     mx,
     nf4,
     nv,
@@ -79,6 +87,7 @@ def _options(recipe: Callable[..., Recipe]) -> list[str]:
 
 __all__ = [
     "any_precision",
+    "auto_round",
     "awq",
     "bias",
     "bitstack",
@@ -86,12 +95,15 @@ __all__ = [
     "fp8",
     "get",
     "gptq",
+    "gsq",
     "llm_int8",
     "lorc",
+    "matquant",
     "mx",
     "names",
     "nested",
     "nested_tuned",
+    "nested_tuned_blocks",
     "nf4",
     "nv",
     "pb_llm",

@@ -1,5 +1,8 @@
-"""What becomes of finished codes and scales when the whole model is judged."""
+"""What becomes of solved codes and scales when a block, or the whole model, is judged."""
 
+from .co_distillation import CoDistillation
+from .gumbel import GumbelChoice
 from .scales import ScaleTuning
+from .sign_round import SignRound
 
-__all__ = ["ScaleTuning"]
+__all__ = ["CoDistillation", "GumbelChoice", "ScaleTuning", "SignRound"]

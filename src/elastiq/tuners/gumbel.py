@@ -1,0 +1,120 @@
+"""Codes chosen among neighbours by a relaxation that hardens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core import Codes, ElastiqError, Journal, Objective, Tuned, Tuner
+from ..linalg.training import Course, Lion, Scales, grouped, relative, with_scales
+
+
+@dataclass(frozen=True)
+class GumbelChoice(Tuner, name="gumbel"):
+    """Chooses every code among three, its own and one in either neighbouring cell, by Gumbel-softmax, with the scales.
+
+    GSQ (2604.18556), section 3: logits over the candidates, a Gumbel-softmax sample of them at every step, and scales,
+    by Lion, block by block from the solver's codes. What differs: on nested codes a cell is one of the lowest level,
+    the candidate in a neighbouring one is the code there nearest to the weight's own, one choice is sampled for all
+    levels, and the loss is the sum over the levels, each relative to what it was before. The paper takes all four codes
+    at 2 bits and five above; its temperature and the scale of its logits, which move against each other, are one
+    temperature here.
+
+    steps of `batch` windows. strength: how much the logits prefer a weight's own code, per cell of distance. rate: of
+    the logits. scale_rate: of relative changes of scales and zero points at 2 bits, times `falloff` for every further
+    bit. first, last: temperature, falling geometrically. holdout and seed: as in `ScaleTuning`.
+    """
+
+    resources: ClassVar[tuple[str, ...]] = ("gradients", "memory of what is judged, several times in float32")
+    bits: ClassVar[tuple[int, int]] = (2, 8)
+    joint: ClassVar[bool] = True
+
+    steps: int = 100
+    batch: int = 4
+    strength: float = 6.0
+    rate: float = 5e-2
+    scale_rate: float = 1e-3
+    first: float = 1.0
+    last: float = 0.1
+    falloff: float = 0.5
+    holdout: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        others = (self.strength, self.rate, self.scale_rate, self.falloff, self.first, self.last)
+        if min(self.steps, self.batch, self.holdout) < 1 or min(others) <= 0:
+            raise ElastiqError("gumbel: every parameter but the seed must be positive")
+
+    @property
+    def windows(self) -> int:
+        return self.steps * self.batch + self.holdout
+
+    def calls(self, windows: int, levels: Sequence[int]) -> int:
+        return self._course.calls(windows, len(levels))
+
+    def tune(
+        self, objective: Objective, terms: Mapping[str, Codes], levels: Sequence[int], journal: Journal
+    ) -> Tuned:
+        parts = {name: _Choice(codes, levels, self.strength) for name, codes in terms.items()}
+        groups = [[part.logits for part in parts.values()]]
+        groups += [[change for part in parts.values() for change in part.trained[level]] for level in levels]
+        rates = [self.rate, *(self.scale_rate * self.falloff ** (level - 2) for level in levels)]
+        lion = Lion(groups, journal.load())
+        numbers = {name: index for index, name in enumerate(sorted(parts))}
+
+        def sampled(level: int, name: str) -> Tensor:
+            seed = (self.seed * 1_000_003 + lion.step) * 1_000_003 + numbers[name]
+            temperature = self.first * (self.last / self.first) ** (lion.step / self.steps)
+            return parts[name].sample(level, temperature, torch.Generator().manual_seed(seed))
+
+        before, after = self._course.run(
+            objective, levels, lambda level: lambda name: sampled(level, name), lion, rates, journal,
+            judged=lambda level: lambda name: parts[name].finished().dense(level),
+        )  # fmt: skip
+        if not relative(before, after) < 1:
+            return Tuned(terms, before, before)
+        return Tuned({name: part.finished() for name, part in parts.items()}, before, after)
+
+    @property
+    def _course(self) -> Course:
+        return Course(self.name, self.steps, self.batch, self.holdout, self.seed)
+
+
+class _Choice:
+    """One matrix: logits [3, out, in] of the cell below, the code as it is, the cell above."""
+
+    def __init__(self, codes: Codes, levels: Sequence[int], strength: float) -> None:
+        own, bits, low = codes.codes.int(), codes.grid.bits, levels[0]
+        size = 2 ** (bits - low)
+        cell = own // size
+        below, above = cell * size - 1, (cell + 1) * size
+        self._codes = codes
+        self._candidates = torch.stack([below.clamp_min(0), own, above.clamp_max(2**bits - 1)])
+        place = (own.float() + 0.5) / size - cell
+        logits = -strength * torch.stack([place, torch.zeros_like(place), 1 - place])
+        logits[0][cell == 0] = -torch.inf
+        logits[2][cell == 2**low - 1] = -torch.inf
+        self.logits = logits.requires_grad_()
+        self._scales = {level: Scales(codes.grid, level) for level in levels}
+        self.trained = {level: scales.trained for level, scales in self._scales.items()}
+
+    def sample(self, level: int, temperature: float, generator: torch.Generator) -> Tensor:
+        """[out, in] at `level`, a mixture of the candidates, with gradients for what is trained."""
+        uniform = torch.rand(self.logits.shape, generator=generator).to(self.logits.device).clamp_(1e-7, 1 - 1e-7)
+        share = ((self.logits - (-uniform.log()).log()) / temperature).softmax(0)
+        read = (self._candidates >> (self._codes.grid.bits - level)).float()
+        scale, zero_point = self._scales[level].now()
+        code = grouped((share * read).sum(0), self._codes.grid.group_size)
+        value: Tensor = (scale.unsqueeze(-1) * (code - zero_point.unsqueeze(-1))).flatten(1)
+        return value[:, : read.shape[2]]
+
+    @torch.no_grad()
+    def finished(self) -> Codes:
+        """The matrix with the most likely codes, and its scales as they are stored."""
+        best = self.logits.argmax(0, keepdim=True)
+        codes = self._candidates.gather(0, best)[0].to(torch.uint8)
+        return with_scales(replace(self._codes, codes=codes), self._scales.values())

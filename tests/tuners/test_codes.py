@@ -1,0 +1,89 @@
+"""Codes that are trained, against twins that go from weight to weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contracts.data import weight_and_stats
+from contracts.test_tuners import Memory, TwoLayers, rounded
+from naive.tuners import moved, read_moved, train_signs
+
+from elastiq.core import Codes, Stats
+from elastiq.formats import Integer
+from elastiq.linalg.training import MovingCodes
+from elastiq.solvers import RoundToNearest
+from elastiq.tuners import SignRound
+from elastiq.tuners.gumbel import _Choice
+
+LEVELS = (2, 3, 5)
+
+
+def matrix(levels: tuple[int, ...] = LEVELS) -> Codes:
+    (codes,) = RoundToNearest().solve(weight_and_stats(6, 70)[0], Integer(levels, 32), Stats())
+    assert isinstance(codes, Codes)
+    return codes
+
+
+@pytest.mark.parametrize("levels", [LEVELS, (3, 5), (5,)], ids=str)
+def test_moved_codes_and_their_gradients(levels: tuple[int, ...]) -> None:
+    codes = matrix()
+    part = MovingCodes(codes, levels, reach=1.0)
+    moves = 0.6 * torch.randn(codes.codes.shape, generator=torch.Generator().manual_seed(1))
+    part.moves.data.copy_(moves)
+    moves = moves.clamp(-1, 1)
+    assert torch.equal(part.codes(), moved(codes, levels[0], moves)) and not torch.equal(part.codes(), codes.codes)
+    for level in levels:
+        direction = torch.randn(codes.codes.shape, generator=torch.Generator().manual_seed(2))
+        slow = [moves.double(), *(torch.zeros(codes.grid.scale[0].shape, dtype=torch.float64) for _ in range(2))]
+        for tensor in slow:
+            tensor.requires_grad_()
+        values = read_moved(codes, levels, level, *slow)
+        assert torch.allclose(part.decode(level), values.float(), atol=1e-6)
+        (part.decode(level) * direction).sum().backward()
+        (values * direction).sum().backward()
+        for fast, twin in zip([part.moves, *part.trained[level]], slow, strict=True):
+            assert fast.grad is not None and twin.grad is not None
+            assert torch.allclose(fast.grad.double(), twin.grad, rtol=1e-4, atol=1e-5 * float(twin.grad.abs().max()))
+            fast.grad = None
+
+
+def test_training_by_signs_equals_its_twin() -> None:
+    model = TwoLayers()
+    terms = rounded(model, Integer((2, 5), 32))
+    tuner = SignRound(steps=12, batch=3, rate=1.2e-2, scale_rate=6e-3, holdout=4)
+    twin_codes, twin_values = train_signs(model, terms, (2, 5), tuner)
+    tuned = tuner.tune(model, terms, (2, 5), Memory())
+    for name, codes in terms.items():
+        assert int((codes.codes != twin_codes[name]).sum()) > 5
+        assert int((tuned.terms[name].codes != twin_codes[name]).sum()) < 3, "but for signs of gradients near zero"
+        for level in (2, 5):
+            read = tuned.terms[name].dense(level)
+            assert (read - twin_values[name][level]).norm() < 0.05 * (read - codes.dense(level)).norm()
+
+
+def test_the_sampled_choice_by_hand() -> None:
+    """One weight after the other: the candidates, their shares, the mixture at every level."""
+    codes, temperature = matrix(), 0.7
+    part = _Choice(codes, LEVELS, strength=6.0)
+    uniform = torch.rand(3, *codes.codes.shape, generator=torch.Generator().manual_seed(5)).clamp(1e-7, 1 - 1e-7)
+    size = 2 ** (codes.grid.bits - LEVELS[0])
+    for level in LEVELS:
+        values = part.sample(level, temperature, torch.Generator().manual_seed(5))
+        index = codes.grid.levels.index(level)
+        for i, row in enumerate(codes.codes.tolist()):
+            for j, code in enumerate(row):
+                cell, group = code // size, j // codes.grid.group_size
+                place = (code + 0.5) / size - cell
+                known = {1: (code, 0.0)}
+                if cell > 0:
+                    known[0] = (cell * size - 1, -6.0 * place)
+                if cell < 2 ** LEVELS[0] - 1:
+                    known[2] = ((cell + 1) * size, -6.0 * (1 - place))
+                noise = {k: float(-(-uniform[k, i, j].double().log()).log()) for k in known}
+                score = torch.tensor([(known[k][1] + noise[k]) / temperature for k in known], dtype=torch.float64)
+                read = torch.tensor([known[k][0] >> (codes.grid.bits - level) for k in known], dtype=torch.float64)
+                mean = float((score.softmax(0) * read).sum())
+                scale, zero = (float(x[index, i, group]) for x in (codes.grid.scale, codes.grid.zero_point))
+                assert float(values[i, j].detach()) == pytest.approx(scale * (mean - zero), abs=1e-4 * scale)
+    assert torch.equal(part.finished().codes, codes.codes), "nothing is trained yet"
+    assert all(torch.equal(part.finished().dense(level), codes.dense(level)) for level in LEVELS)
