@@ -26,6 +26,7 @@ import elastiq
 from elastiq import embedded
 from elastiq.cli import Bars
 from elastiq.linalg import native
+from elastiq.tuners import ScaleTuning
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (2, 3, 4, 6, 8)
@@ -73,16 +74,20 @@ def choose_model(wanted: str | None) -> tuple[str, str]:
 
 def quantize(model: str, checkpoint: Path) -> None:
     """With less of everything than the default, so that the demo ends within minutes."""
-    windows, passes, refines = {"avx512": (16, 1, 1), "torch": (8, 0, 0)}.get(native.columns_path(), (8, 1, 0))
+    quick = {"avx512": (16, 1, 1, 40), "torch": (8, 0, 0, 4)}
+    windows, passes, refines, steps = quick.get(native.columns_path(), (8, 1, 0, 8))
+    tuner = ScaleTuning(steps=steps, widest=3)
+    usual = ScaleTuning()
     out.print(
         f"\nTo be quick (path {native.columns_path()!r}): {windows} calibration windows of 512 tokens, the default is "
         "128;\n"
-        f"solver sweeps {passes} over all levels, {refines} over the high ones, the default is 4 and 4: worse numbers"
+        f"solver sweeps {passes} over all levels, {refines} over the high ones, the default is 4 and 4;\n"
+        f"{steps} tuning steps at 2 bits and fewer at 3, the default is {usual.steps}, and every width: worse numbers"
     )
-    call = f"elastiq.recipes.nested({LEVELS}, {GROUP_SIZE}, passes={passes}, refines={refines})"
+    call = f"elastiq.recipes.nested_tuned({LEVELS}, {GROUP_SIZE}, {tuner}, passes={passes}, refines={refines})"
     call = f">>> elastiq.quantize({model!r}, {str(checkpoint)!r}, {call}, num_samples={windows})"
     out.print(Text(call, style="bold"))
-    recipe = elastiq.recipes.nested(LEVELS, GROUP_SIZE, passes=passes, refines=refines)
+    recipe = elastiq.recipes.nested_tuned(LEVELS, GROUP_SIZE, tuner, passes=passes, refines=refines)
     try:
         with Bars() as progress:
             summary = elastiq.quantize(model, checkpoint, recipe, num_samples=windows, progress=progress)

@@ -31,7 +31,7 @@ from .importing import ordinary
 from .linalg import native
 from .models import Layout, ModelSource, build_skeleton, discover, free_module, load_module
 from .solvers import Nested, RoundToNearest
-from .tune import Forgetful, arithmetic, codes_of, estimate, groups_of, tune
+from .tune import Forgetful, arithmetic, codes_of, estimate, tune
 
 log = logging.getLogger("elastiq")
 
@@ -278,7 +278,7 @@ class _Run:
     def _tune(self, tuner: Tuner, unit: str, solved: dict[Site, QuantizedWeight]) -> None:
         """Replace the codes and scales of a block by what `tuner` makes of them."""
         codes = {site.name: codes_of(site.name, weight, "cpu") for site, weight in solved.items()}
-        for levels in groups_of(tuner, self.recipe.levels):
+        for levels in tuner.groups(self.recipe.levels):
             windows = len(self.stream.objective(self.stream.block, lambda done: None))
             calls = tuner.calls(windows, levels)
             called = partial(self._report_tuning, f"tuning {unit} at {', '.join(map(str, levels))} bits", calls)
@@ -489,7 +489,7 @@ def _plan(source: ModelSource, skeleton: Any, layout: Layout, recipe: Recipe, nu
     seconds = _flops(layout, sites, recipe, num_samples * seq_len) / _matmul_rate(torch.float32)
     if recipe.block_tuner is not None:
         tuner, windows = recipe.block_tuner, num_samples
-        calls = sum(tuner.calls(windows, group) for group in groups_of(tuner, recipe.levels))
+        calls = sum(tuner.calls(windows, group) for group in tuner.groups(recipe.levels))
         tokens = seq_len * min(tuner.batch, windows) * calls
         seconds += 6.0 * tokens * sum(site.num_weights for site in layout.sites) / _matmul_rate(torch.float32)
         memory += 40 * max(sum(site.num_weights for site in layout.at(b)) for b in range(len(layout.blocks)))

@@ -51,7 +51,7 @@ def tune(
     ids: int64 [windows, seq_len]. dtype: of the arithmetic; what is not a matrix of `sites` stays in float32. Memory:
     the matrices once in `dtype`, codes, the answers, and the activations of one batch.
     """
-    todo = [group for group in groups_of(tuner, levels) if not set(group) <= writer.tuned().keys()]
+    todo = [group for group in tuner.groups(levels) if not set(group) <= writer.tuned().keys()]
     if todo:
         model = build_skeleton(source, torch.float32)
         _load(model, source, sites, dtype, device)
@@ -80,18 +80,13 @@ def estimate(
     """Bytes of memory, and multiplications and additions, that `tune` takes, roughly; `model` may be on meta."""
     total = sum({id(p): p.numel() for p in model.parameters()}.values())
     matrices = sum(site.num_weights for site in sites)
-    calls = sum(tuner.calls(tuner.windows, group) for group in groups_of(tuner, levels))
+    calls = sum(tuner.calls(tuner.windows, group) for group in tuner.groups(levels))
     batch = seq_len * tuner.batch
     tokens = seq_len * tuner.windows + (4 if tuner.joint else 3) * batch * calls
     width = model.config.get_text_config().vocab_size + sum(sum(site.shape) for site in sites)
     return matrices * (2 * dtype.itemsize + 1) + 8 * (total - matrices) + 2 * dtype.itemsize * batch * width, (
         2.0 * total * tokens
     )
-
-
-def groups_of(tuner: Tuner, levels: Sequence[int]) -> list[tuple[int, ...]]:
-    """Levels that are tuned together."""
-    return [tuple(levels)] if tuner.joint else [(level,) for level in levels]
 
 
 def _report_call(report: Progress, levels: Sequence[int], calls: int, done: int) -> None:

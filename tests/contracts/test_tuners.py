@@ -91,18 +91,13 @@ def rounded(model: TwoLayers, format: Integer) -> dict[str, Codes]:
     return terms
 
 
-def groups(tuner: Tuner, format: Integer) -> list[tuple[int, ...]]:
-    """Levels that are tuned together."""
-    return [format.levels] if tuner.joint else [(level,) for level in format.levels]
-
-
 @pytest.mark.parametrize("tuner", CASES, ids=str)
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_contract(tuner: Tuner, format: Integer) -> None:
     model = TwoLayers()
     terms = rounded(model, format)
     copies = {name: (t.codes.clone(), t.grid.scale.clone(), t.grid.zero_point.clone()) for name, t in terms.items()}
-    for levels in groups(tuner, format):
+    for levels in tuner.groups(format.levels):
         model.calls = 0
         tuned = tuner.tune(model, terms, levels, Memory())
         assert model.calls == tuner.calls(len(model), levels), "the progress bar's total is true"
@@ -140,7 +135,7 @@ def test_the_loss_falls_and_codes_move_where_they_may(tuner: Tuner) -> None:
 def test_a_step_too_large_is_given_up(tuner: Tuner) -> None:
     model = TwoLayers()
     terms = rounded(model, FORMATS[0])
-    tuned = tuner.tune(model, terms, groups(tuner, FORMATS[0])[0], Memory())
+    tuned = tuner.tune(model, terms, tuner.groups(FORMATS[0].levels)[0], Memory())
     assert tuned.after == tuned.before and tuned.terms is terms
 
 
@@ -149,7 +144,7 @@ def test_a_step_too_large_is_given_up(tuner: Tuner) -> None:
 def test_stopped_and_called_again_it_gives_the_same(tuner: Tuner, saves: int) -> None:
     model = TwoLayers()
     terms = rounded(model, FORMATS[0])
-    levels = groups(tuner, FORMATS[0])[0]
+    levels = tuner.groups(FORMATS[0].levels)[0]
     whole = tuner.tune(model, terms, levels, Memory())
     journal = Memory(saves)
     with pytest.raises(KeyboardInterrupt):
@@ -159,6 +154,11 @@ def test_stopped_and_called_again_it_gives_the_same(tuner: Tuner, saves: int) ->
     assert model.calls < tuner.calls(len(model), levels)
     assert (resumed.before, resumed.after) == (whole.before, whole.after)
     assert all(torch.equal(resumed.terms[name].dense(2), whole.terms[name].dense(2)) for name in terms)
+
+
+def test_wide_levels_may_be_left_alone() -> None:
+    assert ScaleTuning(widest=3).groups((2, 3, 4, 8)) == [(2,), (3,)]
+    assert SignRound().groups((2, 3, 4, 8)) == [(2, 3, 4, 8)]
 
 
 @pytest.mark.parametrize("tuner", CASES, ids=str)

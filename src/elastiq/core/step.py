@@ -167,6 +167,10 @@ class Tuner(Step, slot="tuner"):
     def windows(self) -> int:
         """Windows of text it makes use of."""
 
+    def groups(self, levels: Sequence[int]) -> list[tuple[int, ...]]:
+        """The levels it tunes, those that it tunes together side by side."""
+        return [tuple(levels)] if self.joint else [(level,) for level in levels]
+
     @abstractmethod
     def calls(self, windows: int, levels: Sequence[int]) -> int:
         """How often `tune` asks for a loss at `levels`, given so many windows."""
