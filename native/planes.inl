@@ -217,6 +217,24 @@ ELASTIQ_INLINE vi to_bfloat(vf x) {
   return (bits & 0x7FFFFFFF) > 0x7F800000 ? splat(0x7FC0) : rounded & 0xFFFF;
 }
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+// Elements `at` to `at + n` of an array, the rest zeros.
+ELASTIQ_INLINE vf load_some(const void* values, Dtype dtype, size_t at, int n) {
+  const __mmask16 some = __mmask16((1u << n) - 1);
+  if (dtype == kFloat32) return (vf)_mm512_maskz_loadu_ps(some, (const float*)values + at);
+  const __m256i v = _mm256_maskz_loadu_epi16(some, (const uint16_t*)values + at);
+  if (dtype == kFloat16) return (vf)_mm512_cvtph_ps(v);
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16);
+}
+
+ELASTIQ_INLINE void store_some(void* values, Dtype dtype, size_t at, int n, vf x) {
+  const __mmask16 some = __mmask16((1u << n) - 1);
+  if (dtype == kFloat32) return _mm512_mask_storeu_ps((float*)values + at, some, (__m512)x);
+  const __m256i v = dtype == kFloat16 ? _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT)
+                                      : _mm512_cvtepi32_epi16((__m512i)to_bfloat(x));
+  _mm256_mask_storeu_epi16((uint16_t*)values + at, some, v);
+}
+#else
 // Elements `at` to `at + n` of an array, the rest zeros.
 ELASTIQ_INLINE vf load_some(const void* values, Dtype dtype, size_t at, int n) {
   if (dtype == kFloat32) {
@@ -246,6 +264,7 @@ ELASTIQ_INLINE void store_some(void* values, Dtype dtype, size_t at, int n, vf x
   }
   std::memcpy((uint16_t*)values + at, v, n * sizeof(uint16_t));
 }
+#endif
 
 ELASTIQ_INLINE vf load_zero(const Weight& w, size_t at) {
   return w.zero ? load_half(w.zero + at) * w.zero_factor + w.zero_shift : splat(w.middle);
