@@ -162,6 +162,29 @@ def test_planes_may_be_exchanged_and_moved(symmetric: bool) -> None:
     assert not reads(second)
 
 
+def test_compilers_and_exporters_see_operations_of_torch() -> None:
+    def made(shape: tuple[int, int], bias: bool) -> NestedLinear:
+        parameter = nn.Parameter(torch.randn(shape[0]), requires_grad=False) if bias else None
+        module = NestedLinear(StoredMatrix("m", "linear", shape, 32, LEVELS), parameter, torch.float32)
+        hold(module, [random_weight(shape, group_size=32)], 8)
+        module.bits = 4
+        return module
+
+    model, x = nn.Sequential(made((48, 64), True), nn.SiLU(), made((20, 48), False)), torch.randn(3, 64)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert torch.equal(compiled(x), model(x))
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,))
+        assert torch.equal(exported.module()(x), model(x))
+        calls = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+        assert calls.count(torch.ops.elastiq.matmul.default) == 2
+        before = model(x)
+        model[0].bits = 2
+        assert torch.equal(compiled(x), model(x)) and not torch.equal(model(x), before)
+
+
 def test_widths_and_planes() -> None:
     module, _ = linear(planes=3)
     assert (module.bits, module.max_bits) == (3, 3)

@@ -19,7 +19,9 @@ module: ModuleType | None = None
 try:
     module = import_module("._native", __package__)
 except ImportError:
-    logging.getLogger("elastiq").info("compiled loops are absent; plain torch runs instead, several times slower")
+    logging.getLogger("elastiq").warning(
+        "compiled loops are absent; plain torch runs instead, several times slower; install with a C++ compiler"
+    )
 
 _paths: tuple[str, ...] = (*(module.paths() if module else ()), "torch")
 _chosen: str | None = os.environ.get("ELASTIQ_PATH")
