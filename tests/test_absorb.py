@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import build_model
+from tiny import make_model
 from transformers import AutoModelForCausalLM
 
 from elastiq import ElastiqError, Recipe, load, quantize, recipes
@@ -98,8 +98,7 @@ def test_a_checkpoint_holds_the_changed_norms(
 
 
 def test_what_is_wholly_absorbed_is_exported_like_any_other(tmp_path: Path) -> None:
-    model = build_model("llama", num_key_value_heads=4)
-    model.save_pretrained(tmp_path / "full")
+    make_model("llama", tmp_path / "full", num_key_value_heads=4)
     quantize(tmp_path / "full", tmp_path / "out", recipes.awq(group_size=32), IDS)
     assert not any(m.stored.parts for m in nested_matrices(load(tmp_path / "out")).values())
     export(tmp_path / "out", tmp_path / "gptq", GPTQDirectory(), 4)
