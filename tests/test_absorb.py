@@ -105,5 +105,5 @@ def test_what_is_wholly_absorbed_is_exported_like_any_other(tmp_path: Path) -> N
 
 
 def test_a_tuner_and_a_transform_are_refused() -> None:
-    with pytest.raises(ElastiqError, match="tuners know integer codes alone; leave out transforms"):
+    with pytest.raises(ElastiqError, match="a tuner works on nested integer codes alone; leave out its transforms"):
         Recipe(Integer(), RoundToNearest(), tuner=ScaleTuning(), transforms=(SmoothQuant(),))

@@ -38,6 +38,8 @@ def check(source: Path, output: Path, recipe: Recipe) -> None:
         set_bits(model, level)
         plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         full = logits(plain)
+        for name, parameter in model.named_parameters():  # a transform may have changed norms and biases
+            plain.get_parameter(name).data.copy_(parameter)
         for name, matrix in nested_matrices(model).items():
             role, dense = matrix.stored.role, matrix.dense()
             terms = [] if role == "expert" else matrix.restored()[1]
