@@ -77,7 +77,7 @@ def allocation(
 def allocation_picture(
     json_file: Annotated[Path, typer.Option("--json", help="Rows that `allocation` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File of the picture (.png, .svg).")],
-    sensitivity: str = "sampled-fisher",
+    sensitivity: str = "kl",
     allocator: str = "integer-programme",
     peers: Annotated[Path | None, typer.Option(help="Rows of other programs, as peers/*.py write them.")] = None,
 ) -> None:
