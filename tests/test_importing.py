@@ -13,12 +13,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from random_checkpoint import write_random
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tiny import make_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 import elastiq
 from elastiq import ElastiqError, embedded
 from elastiq.checkpoint import CheckpointReader
+from elastiq.checkpoint.import_bitsandbytes import bitsandbytes_dense
 from elastiq.checkpoint.import_gguf import check_gguf
 from elastiq.cli import app
 from elastiq.export import GGUF, AWQDirectory, CompressedTensors, GPTQDirectory, export
@@ -80,6 +82,41 @@ def test_packed_directories(
     for name in names:
         own = {key.rpartition(".")[2]: value for key, value in packed.items() if key.startswith(f"{name}.")}
         assert torch.equal(arrays[f"{name}.weight"], target.unpack(own, widths[name]).half())
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "double"), [("llama", "nf4", True), ("llama", "fp4", False), ("gpt2", "nf4", False)]
+)
+def test_bitsandbytes(tmp_path: Path, family: str, kind: str, double: bool) -> None:
+    """Quantized, saved and decoded by bitsandbytes itself, whose decoder for CPUs wants rows of whole blocks."""
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+    source = make_model(family, tmp_path / "source", **({"intermediate_size": 128} if family == "llama" else {}))
+    settings_ = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double, llm_int8_skip_modules=["lm_head"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=settings_, dtype=torch.float16, device_map="cpu"
+    )
+    model.save_pretrained(tmp_path / "packed")
+    import_model(tmp_path / "packed", tmp_path / "out")
+    mine = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16)
+    layers = {n: m for n, m in model.named_modules() if hasattr(getattr(m, "weight", None), "quant_state")}
+    assert len(layers) == {"llama": 14, "gpt2": 8}[family]
+    for name, module in layers.items():
+        dense = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        found = mine.get_submodule(name).weight
+        assert torch.allclose(found.T if family == "gpt2" else found, dense, atol=1e-3, rtol=1e-3)
+
+
+def test_bitsandbytes_blocks_run_over_the_ends_of_rows() -> None:
+    state = {"quant_type": "nf4", "blocksize": 4, "shape": [2, 3]}
+    arrays = {
+        "weight": torch.tensor([[0x01], [0x23], [0x45]], dtype=torch.uint8),
+        "weight.absmax": torch.tensor([1.0, 10.0]),
+        "weight.quant_map": torch.arange(16) / 2,
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+    }
+    assert bitsandbytes_dense(arrays).tolist() == [[0, 0.5, 1], [1.5, 20, 25]]
 
 
 def test_quantize_takes_it_as_it_is(gguf_file: Path, tmp_path: Path) -> None:

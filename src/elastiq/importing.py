@@ -16,7 +16,7 @@ __all__ = ["import_model", "ordinary"]
 
 
 def import_model(model: str | Path, output: str | Path) -> None:
-    """Write a GGUF file, or a directory of GPTQ, AWQ or compressed-tensors, to the new directory `output` in 16 bits.
+    """Write a GGUF file, or a directory of GPTQ, AWQ, compressed-tensors or bitsandbytes, to `output` in 16 bits.
 
     Raises ElastiqError for anything else, and for files that are damaged; `output` appears whole or not at all.
     """
@@ -51,4 +51,4 @@ def _is_foreign(model: Path) -> bool:
         return False
     config = read_json(model / "config.json")
     settings = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(settings, dict) and settings.get("quant_method") in METHODS
+    return isinstance(settings, dict) and settings.get("quant_method") in list(METHODS)

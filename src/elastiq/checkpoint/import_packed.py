@@ -1,4 +1,4 @@
-"""Directories of GPTQ, AWQ and compressed-tensors as ordinary 16-bit model directories."""
+"""Directories of GPTQ, AWQ, compressed-tensors and bitsandbytes as ordinary 16-bit model directories."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..core import ElastiqError
+from . import import_bitsandbytes
 from .export import write_aside
 from .export_awq import awq_dense
 from .export_compressed import compressed_dense
@@ -33,7 +34,7 @@ def import_packed(directory: str | Path, output: str | Path) -> None:
     config = read_json(directory / CONFIG)
     settings = config.get("quantization_config") if isinstance(config, dict) else None
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if not isinstance(settings, dict) or method not in METHODS:
+    if not isinstance(settings, dict) or not isinstance(method, str) or method not in METHODS:
         raise ElastiqError(f"{directory}: quant_method {method!r} is not read; known: {', '.join(METHODS)}")
     key, reader = METHODS[method]
     dense = reader(settings)
@@ -48,6 +49,7 @@ def _write(
     if not layers:
         raise ElastiqError(f"{directory}: no array ends in {key}; there is nothing packed in it")
     owned = {f"{layer}.{short}": layer for layer in layers for short in _SHORTS}
+    transposed = _TRANSPOSED.get(str(config.get("model_type")), ())
     handles = {file: safe_open(file, framework="pt") for file in sorted(set(files.values()))}
 
     def array(name: str) -> Tensor:
@@ -58,11 +60,12 @@ def _write(
         arrays = {short: array(f"{layer}.{short}") for short in _SHORTS if f"{layer}.{short}" in files}
         try:
             values = dense(layer, arrays)
-        except (KeyError, IndexError, RuntimeError, ValueError, ZeroDivisionError) as error:
+        except _MISFITS as error:
             raise ElastiqError(f"{directory}: the arrays of {layer} do not fit together ({error})") from None
-        if not bool(torch.isfinite(values).all()):
-            raise ElastiqError(f"{directory}: {layer} holds scales that are not finite; copy it again")
-        return values.half()
+        held = (values.T if layer.rpartition(".")[2] in transposed else values).half()
+        if not bool(torch.isfinite(held).all()):
+            raise ElastiqError(f"{directory}: {layer} holds scales that are no half-precision numbers; copy it again")
+        return held
 
     plain = [name for name in files if name not in owned]
     specs = {name: (array(name).dtype, tuple(array(name).shape)) for name in plain}
@@ -131,9 +134,27 @@ def _width(bits: object, layer: str) -> int:
     return bits
 
 
-_SHORTS = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_MISFITS = (
+    KeyError,
+    IndexError,
+    RuntimeError,
+    ValueError,
+    ZeroDivisionError,
+    TypeError,
+    AttributeError,
+    StopIteration,
+    OverflowError,
+)
+"""What reading arrays of another shape or type than they should have can raise."""
+_TRANSPOSED = {"gpt2": ("c_attn", "c_fc", "c_proj"), "openai-gpt": ("c_attn", "c_fc", "c_proj")}
+"""Layers whose weight the model keeps as [in, out], by family."""
+_SHORTS = (
+    *("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+    *import_bitsandbytes.SHORTS,
+)
 METHODS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Callable[[str, Layer], Tensor]]]] = {
     "gptq": ("qweight", _gptq),
     "awq": ("qweight", _awq),
     "compressed-tensors": ("weight_packed", _compressed),
+    "bitsandbytes": (import_bitsandbytes.KEY, import_bitsandbytes.bitsandbytes_reader),
 }

@@ -119,7 +119,10 @@ def export_command(
 @app.command("import")
 def import_command(
     model: Annotated[
-        Path, typer.Argument(help="GGUF file, or directory of GPTQ, AWQ or compressed-tensors.", show_default=False)
+        Path,
+        typer.Argument(
+            help="GGUF file, or directory of GPTQ, AWQ, compressed-tensors or bitsandbytes.", show_default=False
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="New directory.", show_default=False)],
 ) -> None:
