@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import products
 import typer
 from activations import activations
 from allocation import allocation, allocation_picture, allocation_speed
@@ -30,7 +31,6 @@ from decode import decode
 from methods import methods
 
 import elastiq
-import kernels
 from elastiq.evaluate import evaluate, write_json
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -113,7 +113,7 @@ def matmul(
     json_file: Json = None,
 ) -> None:  # fmt: skip
     """One token, the default path, fixed point of 16 bits; peers: torch, and ggml where GGML names a llama.cpp."""
-    print_products(kernels.matmul_rows(shapes_of(shape), group_size, seconds), json_file)
+    print_products(products.matmul_rows(shapes_of(shape), group_size, seconds), json_file)
 
 
 @app.command()
@@ -121,7 +121,7 @@ def matmul_paths(
     shape: Shape = "4096x4096", group_size: GroupSize = 128, seconds: Seconds = 0.5, json_file: Json = None
 ) -> None:
     """One token and four, every compiled path and activation mode."""
-    print_products(kernels.path_rows(shapes_of(shape)[0], group_size, seconds), json_file)
+    print_products(products.path_rows(shapes_of(shape)[0], group_size, seconds), json_file)
 
 
 @app.command()
@@ -129,7 +129,7 @@ def prefill(
     shape: Shape = "4096x4096", group_size: GroupSize = 128, seconds: Seconds = 1.0, json_file: Json = None
 ) -> None:
     """32, 128 and 512 tokens against torch's products with dense weights."""
-    print_products(kernels.prefill_rows(shapes_of(shape)[0], group_size, seconds), json_file)
+    print_products(products.prefill_rows(shapes_of(shape)[0], group_size, seconds), json_file)
 
 
 def shapes_of(text: str) -> tuple[tuple[int, int], ...]:

@@ -11,7 +11,7 @@ import torch
 from random_checkpoint import write_random
 from safetensors.torch import load_file
 from tiny import build_model, make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 from typer.testing import CliRunner
 
 import elastiq
@@ -218,6 +218,20 @@ def test_compressed_tensors_in_transformers(
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         dense = target.open(path, View(CheckpointReader(checkpoint()), given))
         assert difference(logits(model), logits(dense)) < 1e-3
+
+
+def test_zero_points_in_transformers(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """transformers 5.23 reads packed zero points, llm-compressor's too, only where it is told to dequantize."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    target = CompressedTensors(asymmetric=True)
+    export(checkpoint(), tmp_path / "out", target, 4)
+    settings = CompressedTensorsConfig(dequantize=True)
+    with pytest.warns(UserWarning, match="quantization_config"):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", dtype=torch.float32, quantization_config=settings
+        )
+    dense = target.open(tmp_path / "out", View(CheckpointReader(checkpoint()), 4))
+    assert difference(logits(model), logits(dense)) < 1e-3
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.stored import ArraySpec
+from ..runtime.stored import ArraySpec, StoredMatrix
 from .export_integer import IntegerTarget, Packed, unpacked_modules
 from .view import View
 
@@ -24,9 +24,9 @@ class AWQDirectory(IntegerTarget, name="awq"):
 
     exact: bool = False
 
-    def arrays(self, shape: tuple[int, ...], bits: int, group_size: int) -> dict[str, ArraySpec]:
-        out_features, in_features = shape
-        groups = in_features // group_size
+    def arrays(self, stored: StoredMatrix, bits: int) -> dict[str, ArraySpec]:
+        out_features, in_features = stored.shape
+        groups = in_features // stored.group_size
         return {
             "qweight": (torch.int32, (in_features, out_features // 8)),
             "qzeros": (torch.int32, (groups, out_features // 8)),
@@ -40,7 +40,7 @@ class AWQDirectory(IntegerTarget, name="awq"):
             "scales": packed.scale.T.half().contiguous(),
         }
 
-    def unpack(self, arrays: dict[str, Tensor], bits: int) -> Tensor:
+    def unpack(self, arrays: dict[str, Tensor], stored: StoredMatrix, bits: int) -> Tensor:
         return awq_dense(arrays)
 
     def settings(self, view: View, packed: dict[str, int]) -> dict[str, Any]:

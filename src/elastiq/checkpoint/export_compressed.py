@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,15 +10,17 @@ import torch
 from torch import Tensor
 
 from ..core import ElastiqError
-from ..runtime.stored import ArraySpec
+from ..runtime.stored import ArraySpec, StoredMatrix
 from .bit_stream import pack_stream, unpack_stream
+from .export import ExportedMatrix, relative_error
+from .export_compressed_float import float_kind
 from .export_integer import IntegerTarget, Packed, unpacked_modules
 from .view import View
 
 
 @dataclass(frozen=True)
 class CompressedTensors(IntegerTarget, name="compressed-tensors"):
-    """The format pack-quantized, one group of modules per width.
+    """The format pack-quantized, one group of modules per width; for small floats the format that holds them unchanged.
 
     asymmetric: keep zero points, which servers take at 4 and 8 bits only. Without them 2 and 3 bits are fitted to the
     widest level, because their own codes do not fit.
@@ -31,7 +34,11 @@ class CompressedTensors(IntegerTarget, name="compressed-tensors"):
     def check(self, view: View) -> None:
         super().check(view)
         for name, bits in view.widths.items():
-            if self.asymmetric and view.matrices[name].role == "linear" and bits not in (4, 8):
+            if view.matrices[name].role != "linear":
+                continue
+            if not view.matrices[name].coded:
+                float_kind(view.matrices[name])
+            elif self.asymmetric and bits not in (4, 8):
                 raise ElastiqError(
                     f"{self.name}: {name} is read at {bits} bits, and readers take zero points at 4 and 8 only; "
                     "leave --asymmetric out"
@@ -40,9 +47,11 @@ class CompressedTensors(IntegerTarget, name="compressed-tensors"):
     def symmetric(self, bits: int) -> bool:
         return not self.asymmetric
 
-    def arrays(self, shape: tuple[int, ...], bits: int, group_size: int) -> dict[str, ArraySpec]:
-        out_features, in_features = shape
-        groups = in_features // group_size
+    def arrays(self, stored: StoredMatrix, bits: int) -> dict[str, ArraySpec]:
+        if not stored.coded:
+            return float_kind(stored).arrays(stored)
+        out_features, in_features = stored.shape
+        groups = in_features // stored.group_size
         specs: dict[str, ArraySpec] = {
             "weight_packed": (torch.int32, (out_features, in_features * bits // 32)),
             "weight_scale": (torch.float16, (out_features, groups)),
@@ -62,39 +71,52 @@ class CompressedTensors(IntegerTarget, name="compressed-tensors"):
             arrays["weight_zero_point"] = pack_stream(packed.zero.T, packed.bits).T.contiguous()
         return arrays
 
-    def unpack(self, arrays: dict[str, Tensor], bits: int) -> Tensor:
-        return compressed_dense(arrays, bits)
+    def unpack(self, arrays: dict[str, Tensor], stored: StoredMatrix, bits: int) -> Tensor:
+        return compressed_dense(arrays, bits) if stored.coded else float_kind(stored).unpack(arrays)
+
+    def pack_matrix(self, view: View, name: str) -> tuple[dict[str, Tensor], ExportedMatrix]:
+        stored = view.matrices[name]
+        if stored.coded:
+            return super().pack_matrix(view, name)
+        kind = float_kind(stored)
+        arrays = kind.pack(view.table(name), stored)
+        error = relative_error(view.dense(name), kind.unpack(arrays))
+        count = 8 * sum(array.nbytes for array in arrays.values())
+        return arrays, ExportedMatrix(name, kind.bits, kind.format, count, stored.num_weights, kind.bits, error)
 
     def settings(self, view: View, packed: dict[str, int]) -> dict[str, Any]:
-        kinds: dict[tuple[int, int], list[str]] = {}
+        schemes: dict[str, tuple[dict[str, Any], list[str]]] = {}
         for name, bits in packed.items():
-            kinds.setdefault((bits, view.matrices[name].group_size), []).append(name)
+            scheme = self._scheme(view.matrices[name], bits)
+            schemes.setdefault(json.dumps(scheme), (scheme, []))[1].append(name)
         groups = {
-            f"group_{index}": {
-                "targets": ["Linear"] if len(kinds) == 1 else names,
-                "weights": {
-                    "num_bits": bits,
-                    "type": "int",
-                    "symmetric": not self.asymmetric,
-                    "strategy": "group",
-                    "group_size": size,
-                    "dynamic": False,
-                },
-                "input_activations": None,
-                "output_activations": None,
-                "format": "pack-quantized",
-            }
-            for index, ((bits, size), names) in enumerate(sorted(kinds.items()))
+            f"group_{index}": {"targets": ["Linear"] if len(schemes) == 1 else names, **scheme}
+            for index, (_, (scheme, names)) in enumerate(sorted(schemes.items()))
         }
+        formats = {scheme["format"] for scheme, _ in schemes.values()}
         return {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
             "ignore": unpacked_modules(view, packed),
             "config_groups": groups,
         }
+
+    def _scheme(self, stored: StoredMatrix, bits: int) -> dict[str, Any]:
+        """How a matrix is held, in the words of config.json."""
+        name, weights = "pack-quantized", {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": not self.asymmetric,
+            "strategy": "group",
+            "group_size": stored.group_size,
+            "dynamic": False,
+        }
+        if not stored.coded:
+            name, weights = float_kind(stored).format, float_kind(stored).weights(stored)
+        return {"weights": weights, "input_activations": None, "output_activations": None, "format": name}
 
 
 def compressed_dense(arrays: dict[str, Tensor], bits: int) -> Tensor:

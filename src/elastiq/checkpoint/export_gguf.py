@@ -37,7 +37,8 @@ class GGUF(Target, name="gguf"):
     """A GGUF file with tokenizer and metadata.
 
     Types with minima (Q2_K, Q4_K, Q5_K, Q4_1, Q5_1) hold the codes of the level asked for on refitted scales. The
-    others have no zero points: they are fitted to the level's values, below four bits to those of the widest level.
+    others have no zero points, so that no code of ours survives: they are fitted to the values of the widest level, and
+    to those of the level itself where they have more bits than it.
 
     type: one of `BLOCK_TYPES` for every quantized matrix, None to choose by its width. exact: refuse to store a matrix
     in a way that changes what it says.
@@ -124,7 +125,7 @@ class GGUF(Target, name="gguf"):
 
     def _matrix(self, view: View, name: str, kind: BlockType, family: Family) -> tuple[np.ndarray, ExportedMatrix]:
         own = view.codes(name)
-        codes = own if kind.affine else view.codes(name, view.source_bits(name))
+        codes = own if kind.affine or kind.bits > own.bits else view.codes(name, view.reader.available[-1])
         scale, offset = _runs(codes, kind)
         values = family.adapt(f"{name}.weight", codes.dense(), view.config)
         if scale is not None and offset is not None:

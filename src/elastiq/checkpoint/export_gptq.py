@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.stored import ArraySpec
+from ..runtime.stored import ArraySpec, StoredMatrix
 from .bit_stream import pack_stream, unpack_stream
 from .export_integer import IntegerTarget, Packed, main_width
 from .view import View
@@ -25,9 +25,9 @@ class GPTQDirectory(IntegerTarget, name="gptq"):
     exact: bool = False
     version: int = 1
 
-    def arrays(self, shape: tuple[int, ...], bits: int, group_size: int) -> dict[str, ArraySpec]:
-        out_features, in_features = shape
-        groups = in_features // group_size
+    def arrays(self, stored: StoredMatrix, bits: int) -> dict[str, ArraySpec]:
+        out_features, in_features = stored.shape
+        groups = in_features // stored.group_size
         return {
             "qweight": (torch.int32, (in_features * bits // 32, out_features)),
             "qzeros": (torch.int32, (groups, out_features * bits // 32)),
@@ -44,7 +44,7 @@ class GPTQDirectory(IntegerTarget, name="gptq"):
             "g_idx": (torch.arange(packed.codes.shape[1]) // packed.group_size).int(),
         }
 
-    def unpack(self, arrays: dict[str, Tensor], bits: int) -> Tensor:
+    def unpack(self, arrays: dict[str, Tensor], stored: StoredMatrix, bits: int) -> Tensor:
         return gptq_dense(arrays, bits, 1 if self.version == 1 else 0)
 
     def settings(self, view: View, packed: dict[str, int]) -> dict[str, Any]:

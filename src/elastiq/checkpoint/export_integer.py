@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..core import ElastiqError
-from ..runtime.stored import ArraySpec
+from ..runtime.stored import ArraySpec, StoredMatrix
 from .export import Exported, ExportedMatrix, Target, dense_model, directory_arrays, relative_error, write_directory
 from .view import GridCodes, View
 
@@ -85,7 +85,7 @@ class IntegerTarget(Target):
         return False
 
     @abstractmethod
-    def arrays(self, shape: tuple[int, ...], bits: int, group_size: int) -> dict[str, ArraySpec]:
+    def arrays(self, stored: StoredMatrix, bits: int) -> dict[str, ArraySpec]:
         """Arrays of one matrix [out, in] by short name."""
 
     @abstractmethod
@@ -93,7 +93,7 @@ class IntegerTarget(Target):
         """Their content."""
 
     @abstractmethod
-    def unpack(self, arrays: dict[str, Tensor], bits: int) -> Tensor:
+    def unpack(self, arrays: dict[str, Tensor], stored: StoredMatrix, bits: int) -> Tensor:
         """Values float32 [out, in] that the arrays say."""
 
     @abstractmethod
@@ -125,7 +125,7 @@ class IntegerTarget(Target):
             if name not in packed:
                 specs[f"{name}.weight"] = (torch.float16, stored.shape)
                 continue
-            arrays = self.arrays(stored.shape, packed[name], stored.group_size)
+            arrays = self.arrays(stored, packed[name])
             specs |= {f"{name}.{short}": spec for short, spec in arrays.items()}
             owner |= {f"{name}.{short}": name for short in arrays}
         base, rows = dict(view.base()), {}
@@ -137,11 +137,11 @@ class IntegerTarget(Target):
                 yield base[full]
             elif full in owner:
                 if last[0] != owner[full]:
-                    arrays, rows[owner[full]] = self._pack(view, owner[full])
+                    arrays, rows[owner[full]] = self.pack_matrix(view, owner[full])
                     last = owner[full], arrays
                 yield last[1][full.removeprefix(f"{owner[full]}.")]
             else:
-                yield view.codes(full.removesuffix(".weight")).dense().half()
+                yield view.dense(full.removesuffix(".weight")).half()
 
         settings = self.settings(view, packed)
         done = write_directory(view, path, specs, payload, {**view.config, "quantization_config": settings})
@@ -158,12 +158,13 @@ class IntegerTarget(Target):
         for name, stored in view.matrices.items():
             if stored.role == "linear":
                 bits = view.widths[name]
-                shorts = self.arrays(stored.shape, bits, stored.group_size)
+                shorts = self.arrays(stored, bits)
                 own = {short: arrays.pop(f"{name}.{short}") for short in shorts}
-                state.append((f"{name}.weight", self.unpack(own, bits)))
+                state.append((f"{name}.weight", self.unpack(own, stored, bits)))
         return dense_model(view, [*state, *arrays.items()])
 
-    def _pack(self, view: View, name: str) -> tuple[dict[str, Tensor], ExportedMatrix]:
+    def pack_matrix(self, view: View, name: str) -> tuple[dict[str, Tensor], ExportedMatrix]:
+        """The arrays of one matrix."""
         bits = view.widths[name]
         symmetric = self.symmetric(bits)
         source = view.codes(name, view.source_bits(name) if symmetric else bits)

@@ -31,6 +31,7 @@ _CODES = {
     torch.uint8: "U8",
     torch.int8: "I8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 

@@ -13,6 +13,7 @@ from ..core import ElastiqError, Width, derive
 from ..linalg import unpack_planes
 from ..runtime.nested import NestedMatrix
 from ..runtime.stored import StoredMatrix, plane_array
+from ..terms import TableCodes
 from .reader import CheckpointReader
 
 
@@ -99,6 +100,15 @@ class View:
                 module.hold(arrays)
         module.bits = self.widths[name]
         return module.dense()
+
+    def table(self, name: str) -> TableCodes:
+        """The codes of a matrix that consists of nothing but codes on a table. Raises ElastiqError for any other."""
+        stored = self.matrices[name]
+        if not stored.coded and len(stored.parts) == 1:
+            part = stored.parts[0].restore(self.reader.read(name, self.widths[name]))
+            if isinstance(part, TableCodes):
+                return part
+        raise ElastiqError(f"{name}: consists of more than codes on a table; export to hf")
 
     def source_bits(self, name: str) -> int:
         """Width to fit a format without zero points to: below four bits a level's own codes fit it so badly that the
