@@ -178,5 +178,5 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", [SignRound, GumbelChoice, CoDistillation])
 def test_a_parameter_that_is_not_positive_is_refused(kind: type[Tuner]) -> None:
-    with pytest.raises(ElastiqError, match=f"{kind.name}: every parameter but the seed must be positive"):
+    with pytest.raises(ElastiqError, match=f"{kind.name}: scale_rate must be positive"):
         kind(scale_rate=0.0)  # type: ignore[call-arg]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from elastiq.core import Codes, Objective
-from elastiq.tuners import ScaleTuning, SignRound
+from elastiq.tuners import CoDistillation, ScaleTuning, SignRound
 
 
 def decode(codes: Codes, level: int, scale_change: Tensor, zero_change: Tensor) -> Tensor:
@@ -73,10 +73,10 @@ def read_moved(codes: Codes, levels: tuple[int, ...], level: int, moves: Tensor,
     return stored[0][:, group] * (code - stored[1][:, group])
 
 
-def train_signs(
-    objective: Objective, terms: dict[str, Codes], levels: tuple[int, ...], tuner: SignRound
+def train_moving(
+    objective: Objective, terms: dict[str, Codes], levels: tuple[int, ...], tuner: SignRound | CoDistillation
 ) -> tuple[dict[str, Tensor], dict[str, dict[int, Tensor]]]:
-    """Codes, and values at every level, of every matrix after training."""
+    """Codes, and values at every level, of every matrix after training by signs, or by Adam and the top level too."""
     order = torch.randperm(len(objective), generator=torch.Generator().manual_seed(tuner.seed)).tolist()
     held, training = order[: tuner.holdout], order[tuner.holdout :]
     moves = {name: torch.zeros(codes.codes.shape, dtype=torch.float64) for name, codes in terms.items()}
@@ -86,6 +86,9 @@ def train_signs(
         for level in levels
         for kind in ("scale", "zero")
     }
+    trained = [(move, tuner.rate) for move in moves.values()]
+    trained += [(change, tuner.scale_rate * tuner.falloff ** (key[1] - 2)) for key, change in changes.items()]
+    first, second = ([torch.zeros_like(tensor) for tensor, _ in trained] for _ in range(2))
 
     def read(name: str, level: int) -> Tensor:
         pair = changes[name, level, "scale"], changes[name, level, "zero"]
@@ -99,17 +102,23 @@ def train_signs(
     for step in range(tuner.steps):
         shape = min(1, (step + 1) / max(1, tuner.steps // 10)) * (1 + math.cos(math.pi * step / tuner.steps)) / 2
         windows = [training[i % len(training)] for i in range(step * tuner.batch, (step + 1) * tuner.batch)]
-        trained = [*moves.values(), *changes.values()]
-        for tensor in trained:
+        for tensor, _ in trained:
             tensor.requires_grad_(True).grad = None
         for level in levels:
-            (objective.loss(lambda name, r=level: read(name, r), windows) / before[level]).backward()
+            taught = isinstance(tuner, CoDistillation) and level != levels[-1]
+            top = objective.answers(lambda name: read(name, levels[-1]), windows) if taught else None
+            (objective.loss(lambda name, r=level: read(name, r), windows, top) / before[level]).backward()
         with torch.no_grad():
+            for i, (tensor, rate) in enumerate(trained):
+                assert tensor.grad is not None
+                if isinstance(tuner, SignRound):
+                    tensor.sub_(shape * rate * tensor.grad.sign())
+                    continue
+                first[i] = 0.9 * first[i] + 0.1 * tensor.grad
+                second[i] = 0.95 * second[i] + 0.05 * tensor.grad**2
+                mean, spread = first[i] / (1 - 0.9 ** (step + 1)), second[i] / (1 - 0.95 ** (step + 1))
+                tensor.sub_(shape * rate * mean / (spread.sqrt() + 1e-12))
             for move in moves.values():
-                assert move.grad is not None
-                move.sub_(shape * tuner.rate * move.grad.sign()).clamp_(-tuner.reach, tuner.reach)
-            for (_, level, _), change in changes.items():
-                assert change.grad is not None
-                change.sub_(shape * tuner.scale_rate * tuner.falloff ** (level - 2) * change.grad.sign())
+                move.clamp_(-tuner.reach, tuner.reach)
     codes = {name: moved(terms[name], levels[0], moves[name]) for name in terms}
     return codes, {name: {level: read(name, level).detach() for level in levels} for name in terms}

@@ -6,13 +6,13 @@ import pytest
 import torch
 from contracts.data import weight_and_stats
 from contracts.test_tuners import Memory, TwoLayers, rounded
-from naive.tuners import moved, read_moved, train_signs
+from naive.tuners import moved, read_moved, train_moving
 
 from elastiq.core import Codes, Stats
 from elastiq.formats import Integer
 from elastiq.linalg.training import MovingCodes
 from elastiq.solvers import RoundToNearest
-from elastiq.tuners import SignRound
+from elastiq.tuners import CoDistillation, SignRound
 from elastiq.tuners.gumbel import _Choice
 
 LEVELS = (2, 3, 5)
@@ -47,11 +47,18 @@ def test_moved_codes_and_their_gradients(levels: tuple[int, ...]) -> None:
             fast.grad = None
 
 
-def test_training_by_signs_equals_its_twin() -> None:
+@pytest.mark.parametrize(
+    "tuner",
+    [
+        SignRound(steps=12, batch=3, rate=1.2e-2, scale_rate=6e-3, holdout=4),
+        CoDistillation(steps=12, batch=3, rate=2e-2, scale_rate=6e-3, holdout=4),
+    ],
+    ids=lambda tuner: tuner.name,
+)
+def test_training_equals_its_twin(tuner: SignRound | CoDistillation) -> None:
     model = TwoLayers()
     terms = rounded(model, Integer((2, 5), 32))
-    tuner = SignRound(steps=12, batch=3, rate=1.2e-2, scale_rate=6e-3, holdout=4)
-    twin_codes, twin_values = train_signs(model, terms, (2, 5), tuner)
+    twin_codes, twin_values = train_moving(model, terms, (2, 5), tuner)
     tuned = tuner.tune(model, terms, (2, 5), Memory())
     for name, codes in terms.items():
         assert int((codes.codes != twin_codes[name]).sum()) > 5

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import MIN_SCALE, Codes, ElastiqError, Grid, Journal, Objective, to_half
+from ..core import MIN_SCALE, Codes, ElastiqError, Grid, Journal, Objective, Tuned, Tuner, to_half
 
 _STEPS_PER_SAVE = 8
 
@@ -98,6 +98,15 @@ class MovingCodes:
     def finished(self) -> Codes:
         """The matrix with its codes and scales, as they are stored."""
         return with_scales(replace(self._codes, codes=self.codes()), self._scales.values())
+
+
+def moving(
+    terms: Mapping[str, Codes], levels: Sequence[int], reach: float
+) -> tuple[dict[str, MovingCodes], list[list[Tensor]]]:
+    """Every matrix with codes that may move, and what is trained in groups: the moves, then each level's scales."""
+    parts = {name: MovingCodes(codes, levels, reach) for name, codes in terms.items()}
+    scales = [[change for part in parts.values() for change in part.trained[level]] for level in levels]
+    return parts, [[part.moves for part in parts.values()], *scales]
 
 
 def with_scales(codes: Codes, trained: Iterable[Scales]) -> Codes:
@@ -261,9 +270,63 @@ class Course:
         return total / len(windows)
 
 
-def relative(before: Mapping[int, float], after: Mapping[int, float]) -> float:
-    """Mean over the levels of what is left of the loss."""
-    return sum(after[level] / max(before[level], 1e-12) for level in before) / len(before)
+class Part(Protocol):
+    """One matrix while it is trained."""
+
+    def finished(self) -> Codes:
+        """The matrix as it is stored."""
+
+
+def kept_if_better(
+    terms: Mapping[str, Codes], parts: Mapping[str, Part], before: Mapping[int, float], after: Mapping[int, float]
+) -> Tuned:
+    """What `parts` became, or `terms` as they were unless the mean over the levels of what is left of the loss is
+    below 1."""
+    left = sum(after[level] / max(before[level], 1e-12) for level in before) / len(before)
+    if not left < 1:
+        return Tuned(terms, before, before)
+    return Tuned({name: part.finished() for name, part in parts.items()}, before, after)
+
+
+@dataclass(frozen=True)
+class JointTuner(Tuner):
+    """A tuner of codes and scales of all levels together: `steps` steps of `batch` windows, each at every level.
+
+    rate: of what moves the codes. scale_rate: of relative changes of scales and zero points at 2 bits, times `falloff`
+    for every further bit. holdout: windows kept apart to judge the result, which is given up if it is not better there.
+    seed: of the order of windows.
+    """
+
+    bits: ClassVar[tuple[int, int]] = (2, 8)
+    joint: ClassVar[bool] = True
+
+    steps: int = 100
+    batch: int = 4
+    rate: float = 5e-3
+    scale_rate: float = 1e-3
+    falloff: float = 0.5
+    holdout: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        wrong = [f.name for f in fields(self) if f.name != "seed" and not getattr(self, f.name) > 0]
+        if wrong:
+            raise ElastiqError(f"{self.name}: {', '.join(wrong)} must be positive")
+
+    @property
+    def windows(self) -> int:
+        return self.steps * self.batch + self.holdout
+
+    @property
+    def course(self) -> Course:
+        return Course(self.name, self.steps, self.batch, self.holdout, self.seed)
+
+    def calls(self, windows: int, levels: Sequence[int]) -> int:
+        return self.course.calls(windows, len(levels))
+
+    def rates(self, levels: Sequence[int]) -> list[float]:
+        """Of the codes, then of each level's scales."""
+        return [self.rate, *(self.scale_rate * self.falloff ** (level - 2) for level in levels)]
 
 
 def _half(x: Tensor) -> Tensor:

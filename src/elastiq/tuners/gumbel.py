@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core import Codes, ElastiqError, Journal, Objective, Tuned, Tuner
-from ..linalg.training import Course, Lion, Scales, grouped, relative, with_scales
+from ..core import Codes, Journal, Objective, Tuned
+from ..linalg.training import JointTuner, Lion, Scales, grouped, kept_if_better, with_scales
 
 
 @dataclass(frozen=True)
-class GumbelChoice(Tuner, name="gumbel"):
+class GumbelChoice(JointTuner, name="gumbel"):
     """Chooses every code among three, its own and one in either neighbouring cell, by Gumbel-softmax, with the scales.
 
     GSQ (2604.18556), section 3: logits over the candidates, a Gumbel-softmax sample of them at every step, and scales,
@@ -24,37 +24,16 @@ class GumbelChoice(Tuner, name="gumbel"):
     at 2 bits and five above; its temperature and the scale of its logits, which move against each other, are one
     temperature here.
 
-    steps of `batch` windows. strength: how much the logits prefer a weight's own code, per cell of distance. rate: of
-    the logits. scale_rate: of relative changes of scales and zero points at 2 bits, times `falloff` for every further
-    bit. first, last: temperature, falling geometrically. holdout and seed: as in `ScaleTuning`.
+    strength: how much the logits prefer a weight's own code, per cell of distance. rate: of the logits. first, last:
+    temperature, falling geometrically. Everything else as in `JointTuner`.
     """
 
     resources: ClassVar[tuple[str, ...]] = ("gradients", "memory of what is judged, several times in float32")
-    bits: ClassVar[tuple[int, int]] = (2, 8)
-    joint: ClassVar[bool] = True
 
-    steps: int = 100
-    batch: int = 4
-    strength: float = 6.0
     rate: float = 5e-2
-    scale_rate: float = 1e-3
+    strength: float = 6.0
     first: float = 1.0
     last: float = 0.1
-    falloff: float = 0.5
-    holdout: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        others = (self.strength, self.rate, self.scale_rate, self.falloff, self.first, self.last)
-        if min(self.steps, self.batch, self.holdout) < 1 or min(others) <= 0:
-            raise ElastiqError("gumbel: every parameter but the seed must be positive")
-
-    @property
-    def windows(self) -> int:
-        return self.steps * self.batch + self.holdout
-
-    def calls(self, windows: int, levels: Sequence[int]) -> int:
-        return self._course.calls(windows, len(levels))
 
     def tune(
         self, objective: Objective, terms: Mapping[str, Codes], levels: Sequence[int], journal: Journal
@@ -62,7 +41,6 @@ class GumbelChoice(Tuner, name="gumbel"):
         parts = {name: _Choice(codes, levels, self.strength) for name, codes in terms.items()}
         groups = [[part.logits for part in parts.values()]]
         groups += [[change for part in parts.values() for change in part.trained[level]] for level in levels]
-        rates = [self.rate, *(self.scale_rate * self.falloff ** (level - 2) for level in levels)]
         lion = Lion(groups, journal.load())
         numbers = {name: index for index, name in enumerate(sorted(parts))}
 
@@ -71,17 +49,11 @@ class GumbelChoice(Tuner, name="gumbel"):
             temperature = self.first * (self.last / self.first) ** (lion.step / self.steps)
             return parts[name].sample(level, temperature, torch.Generator().manual_seed(seed))
 
-        before, after = self._course.run(
-            objective, levels, lambda level: lambda name: sampled(level, name), lion, rates, journal,
+        before, after = self.course.run(
+            objective, levels, lambda level: lambda name: sampled(level, name), lion, self.rates(levels), journal,
             judged=lambda level: lambda name: parts[name].finished().dense(level),
         )  # fmt: skip
-        if not relative(before, after) < 1:
-            return Tuned(terms, before, before)
-        return Tuned({name: part.finished() for name, part in parts.items()}, before, after)
-
-    @property
-    def _course(self) -> Course:
-        return Course(self.name, self.steps, self.batch, self.holdout, self.seed)
+        return kept_if_better(terms, parts, before, after)
 
 
 class _Choice:

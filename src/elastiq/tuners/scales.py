@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import Codes, ElastiqError, Journal, Objective, Tuned, Tuner
-from ..linalg.training import Adam, Course, FixedCodes, relative
+from ..linalg.training import Adam, Course, FixedCodes, kept_if_better
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ class ScaleTuning(Tuner, name="scales"):
         before, after = self._course(level).run(
             objective, levels, lambda _: lambda name: parts[name].decode(), adam, [rate], journal
         )
-        if not relative(before, after) < 1:
-            return Tuned(terms, before, before)
-        return Tuned({name: part.finished() for name, part in parts.items()}, before, after)
+        return kept_if_better(terms, parts, before, after)
 
     def _course(self, level: int) -> Course:
         steps = max(1, round(self.steps * self.fewer ** (level - 2)))
