@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import elastiq
 from elastiq import ElastiqError, recipes, tune
 from elastiq.allocate import Budget, allocate
-from elastiq.calibrate import mixed_ids
+from elastiq.calibrate import calibration_ids, tuning_ids
 from elastiq.checkpoint import CheckpointReader
 from elastiq.evaluate import load_tokenizer
 from elastiq.models import ModelSource, build_skeleton, discover, load_module
@@ -186,7 +186,17 @@ def test_another_tuning_text_is_refused(tiny_model: Callable[[str], Path], tmp_p
 
 def test_several_texts_share_equally(tiny_model: Callable[[str], Path]) -> None:
     tokenizer = load_tokenizer(tiny_model("llama"))
-    ids = mixed_ids(["a" * 500, "b" * 500, "c" * 500], tokenizer, 8, 16)
+    ids = tuning_ids(["a" * 500, "b" * 500, "c" * 500], None, tokenizer, 8, 16)
     (a,), (b,), (c,) = (tokenizer(letter)["input_ids"] for letter in "abc")
     assert ids[:, 0].tolist() == [a] * 3 + [b] * 3 + [c] * 2
-    assert torch.equal(mixed_ids(IDS, None, 4, 16), IDS[:4, :16])
+    assert torch.equal(tuning_ids(IDS, ["other"], None, 4, 16), IDS[:4, :16])
+
+
+def test_without_a_text_the_calibration_and_the_package_share(tiny_model: Callable[[str], Path]) -> None:
+    tokenizer = load_tokenizer(tiny_model("llama"))
+    short = ["a" * 40, "b" * 460]  # members too short for a window of their own
+    ids = tuning_ids(None, short, tokenizer, 8, 16)
+    expected = (calibration_ids(short, tokenizer, 4, 16), calibration_ids(None, tokenizer, 4, 16))
+    assert torch.equal(ids, torch.cat(expected))
+    assert torch.equal(tuning_ids(None, None, tokenizer, 8, 16), calibration_ids(None, tokenizer, 8, 16))
+    assert torch.equal(tuning_ids(None, IDS, tokenizer, 4, 16), IDS[:4, :16])

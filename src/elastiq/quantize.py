@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .absorb import Absorbed, absorb
-from .calibrate import BlockStream, calibration_ids, mixed_ids
+from .calibrate import BlockStream, calibration_ids, tuning_ids
 from .checkpoint import CheckpointReader, CheckpointWriter, is_finished
 from .checkpoint.sizes import level_sizes
 from .core import Codes, ElastiqError, Fold, QuantizedWeight, Recipe, SideTerm, Site, Stats, Tuner
@@ -112,11 +112,11 @@ def quantize(
 
     model: a directory, a hub name, or what `import_model` reads: a GGUF file, a packed directory.
     calibration: text or JSONL file(s), strings, chat records, token ids, or None for the text in the package. tuning:
-    the same for a recipe with a tuner, None for the calibration's. dtype: of the forward passes' arithmetic (float32
-    by default; bfloat16 for a tuner where the device is made for it). progress(what, done, total) is called as the work
-    goes on. Finished blocks and tuned levels are durable: the same call after a crash resumes, and gives the same bytes
-    (with the same number of threads, where it tunes). Raises ElastiqError, with a sentence, for input that cannot be
-    handled; nothing half-written is left at `output`.
+    the same for a recipe with a tuner, None for the calibration's and the package's text in equal parts. dtype: of the
+    forward passes' arithmetic (float32 by default; bfloat16 for a tuner where the device is made for it).
+    progress(what, done, total) is called as the work goes on. Finished blocks and tuned levels are durable: the same
+    call after a crash resumes, and gives the same bytes (with the same number of threads, where it tunes). Raises
+    ElastiqError, with a sentence, for input that cannot be handled; nothing half-written is left at `output`.
     """
     with ordinary(model, Path(output)) as directory:
         return _quantize(
@@ -146,14 +146,13 @@ def _quantize(
     ids = calibration_ids(calibration, tokenizer, num_samples, seq_len)
     if len(ids) < num_samples and not isinstance(calibration, Tensor):
         log.info("the calibration text gives %d windows of %d tokens, not %d", len(ids), seq_len, num_samples)
-    tuning_ids = None
+    trained = None
     if recipe.tuner is not None:
-        text = calibration if tuning is None else tuning
-        tuning_ids = mixed_ids(text, tokenizer, recipe.tuner.windows, ids.shape[1])
+        trained = tuning_ids(tuning, calibration, tokenizer, recipe.tuner.windows, ids.shape[1])
     report("reading the model", 0, 1)
     fingerprint = _fingerprint(source, recipe, ids, dtype or torch.float32)
-    if tuning_ids is not None:
-        fingerprint["tuning"] = {**_text_facts(tuning_ids), "dtype": str(arithmetic(device, dtype))}
+    if trained is not None:
+        fingerprint["tuning"] = {**_text_facts(trained), "dtype": str(arithmetic(device, dtype))}
     report("reading the model", 1, 1)
     output = Path(output)
     if not restart and is_finished(output, fingerprint):
@@ -180,13 +179,13 @@ def _quantize(
             "skipped": layout.skipped,
             **({} if Path(model).exists() else {"base_model": str(model)}),
         }
-        if recipe.tuner is not None and tuning_ids is not None:
+        if recipe.tuner is not None and trained is not None:
             sites = layout.sites + (layout.outer if recipe.embeddings else ())
             precision = arithmetic(device, dtype)
             tuned = tune(
-                writer, source, layout, sites, recipe.levels, recipe.tuner, tuning_ids, precision, device, report
+                writer, source, layout, sites, recipe.levels, recipe.tuner, trained, precision, device, report
             )
-            info["tuning"] = {"windows": len(tuning_ids), "loss": tuned}
+            info["tuning"] = {"windows": len(trained), "loss": tuned}
         report("writing the checkpoint", 0, 1)
         writer.finish(_base(source, layout, recipe), source.path, _config(source), recipe, info)
     write_card(output)

@@ -2,6 +2,6 @@
 
 from .objective import BlockObjective, by_parameter, parameter
 from .stream import BlockStream
-from .text import Calibration, calibration_ids, mixed_ids
+from .text import Calibration, calibration_ids, tuning_ids
 
-__all__ = ["BlockObjective", "BlockStream", "Calibration", "by_parameter", "calibration_ids", "mixed_ids", "parameter"]
+__all__ = ["BlockObjective", "BlockStream", "Calibration", "by_parameter", "calibration_ids", "parameter", "tuning_ids"]

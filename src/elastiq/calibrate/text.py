@@ -38,15 +38,27 @@ def calibration_ids(
     return _windows_of_ids(torch.tensor(ids, dtype=torch.long), num_samples, seq_len)
 
 
-def mixed_ids(
-    texts: Calibration, tokenizer: PreTrainedTokenizerBase | None, num_samples: int, seq_len: int
+def tuning_ids(
+    tuning: Calibration,
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase | None,
+    num_samples: int,
+    seq_len: int,
 ) -> Tensor:
-    """As `calibration_ids`, but the members of a list give equal numbers of windows instead of being joined."""
-    if isinstance(texts, Tensor | str | Path) or not texts:
-        return calibration_ids(texts, tokenizer, num_samples, seq_len)
+    """Windows for a tuner, as `calibration_ids`, but the members of a list give equal numbers of them instead of being
+    joined. Without `tuning`: half of them from `calibration` and half from the text that travels with the package, so
+    that the model is not fitted to one kind of text; all from token ids, which say nothing of their kind."""
+    texts: list[Calibration]
+    if isinstance(tuning, Sequence) and not isinstance(tuning, str):
+        texts = [[text] for text in tuning]
+    elif tuning is not None:
+        texts = [tuning]
+    elif calibration is None or isinstance(calibration, Tensor):
+        texts = [calibration]
+    else:
+        texts = [calibration, None]
     share = -(-num_samples // len(texts))
-    parts = [calibration_ids([member], tokenizer, share, seq_len) for member in texts]
-    return torch.cat(parts)[:num_samples]
+    return torch.cat([calibration_ids(text, tokenizer, share, seq_len) for text in texts])[:num_samples]
 
 
 def _windows_of_ids(ids: Tensor, num_samples: int, seq_len: int) -> Tensor:

@@ -63,7 +63,8 @@ def quantize_command(
     tuning_text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Text or JSONL file that a tuner trains on; several share equally. (default: the calibration's)",
+            help="Text or JSONL file that a tuner trains on; several share equally. "
+            "(default: the calibration's and the package's)",
             show_default=False,
         ),
     ] = None,
