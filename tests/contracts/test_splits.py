@@ -13,6 +13,7 @@ from elastiq.core import ElastiqError, Format, QuantizedWeight, SideTerm, Split,
 from elastiq.formats import Integer, Minifloat
 from elastiq.solvers import GPTQ
 from elastiq.splits import OutlierFeatures, Salient, SensitiveWeights
+from elastiq.terms import Sparse
 
 CASES: list[tuple[Split, Format]] = [
     (SensitiveWeights(), Integer((3,), 32)),
@@ -75,6 +76,8 @@ def test_terms_are_what_is_stored_of_them(case: Split, format: Format) -> None:
         again = type(term).restore(arrays, json.loads(json.dumps(term.facts())))
         assert torch.equal(again.dense(3), term.dense(3))
         torch.testing.assert_close(again.product(x, 3), x @ term.dense(3).T, rtol=1e-4, atol=1e-5)
+        few = again.product(x[:, None].bfloat16(), 3)
+        torch.testing.assert_close(few, (x[:, None] @ term.dense(3).T).bfloat16(), rtol=2e-2, atol=2e-2)
         assert term.num_bits(3) == sum(8 * array.nbytes for array in arrays.values())
         assert term.shift(3) is None
 
@@ -105,3 +108,14 @@ def test_outlier_features_are_those_that_reach_the_threshold() -> None:
 def test_bad_shares_are_refused(make: object) -> None:
     with pytest.raises(ElastiqError, match=r"share=\d\.\d must be above 0 and below"):
         make()  # type: ignore[operator]
+
+
+def test_places_beyond_a_row_are_refused() -> None:
+    where = torch.zeros(4, 70, dtype=torch.bool)
+    where[1, 69] = where[3, 2] = True
+    term = Sparse.at(where, torch.tensor([1.5, -2.0]).half())
+    arrays = {name: kept.array for name, kept in term.kept().items()}
+    assert set(arrays) == {"values", "columns", "counts"}
+    for name, wrong in (("columns", [70, 2]), ("columns", [-1, 2]), ("counts", [0, 1, 0, 2]), ("counts", [0, 2])):
+        with pytest.raises(ValueError, match="single weight"):
+            Sparse.restore({**arrays, name: torch.tensor(wrong, dtype=torch.int16)}, term.facts())

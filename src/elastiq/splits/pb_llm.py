@@ -44,4 +44,4 @@ class Salient(Split, name="pb-llm"):
         apart = weight - rest
         scale = to_half(apart.abs().amax(1) / 127).clamp_min(2.0**-24)
         codes = (apart / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-        return rest, (Sparse(where, codes[where], scale.half()),)
+        return rest, (Sparse.at(where, codes[where], scale.half()),)

@@ -48,7 +48,7 @@ class SensitiveWeights(Split, name="spqr"):
             count = max(1, round(self.share * weight.numel() * done / self.rounds))
             where = torch.zeros_like(where).flatten().index_fill(0, gain.topk(count).indices, True).view(weight.shape)
         rest = _filled(weight, where, size)
-        return rest, (Sparse(where, to_half((weight - rest)[where]).half()),)
+        return rest, (Sparse.at(where, to_half((weight - rest)[where]).half()),)
 
 
 def _gain(weight: Tensor, where: Tensor, inverse: Tensor, size: int, format: Format, stats: Stats) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -18,44 +20,78 @@ from ..linalg import pack_planes, unpack_planes
 class Sparse(SideTerm, kind="sparse"):
     """Single weights apart, row by row.
 
-    where: bool [out, in]. values: in row order, float16, or int8 with `scale` float16 [out]. Their places are stored as
-    16-bit column numbers and counts per row, or as one bit per weight, whichever is smaller.
+    columns: int64 [n], where they are; counts: int64 [out], how many a row has. values: [n], float16, or int8 with
+    `scale` float16 [out]. Their places are stored as 16-bit column numbers and counts per row, or as one bit per
+    weight, whichever is smaller.
     """
 
-    where: Tensor
+    columns: Tensor
+    counts: Tensor
     values: Tensor
+    in_features: int
     scale: Tensor | None = None
 
+    @classmethod
+    def at(cls, where: Tensor, values: Tensor, scale: Tensor | None = None) -> Self:
+        """In the places of `where`, bool [out, in]; values [n] in row order."""
+        return cls(where.nonzero()[:, 1], where.sum(1), values, where.shape[1], scale)
+
     def dense(self, level: int) -> Tensor:
-        whole = torch.zeros(self.where.shape, device=self.values.device)
-        whole[self.where] = self.values.float()
+        whole = torch.zeros(len(self.counts), self.in_features, device=self.values.device)
+        whole[self._rows, self.columns] = self.values.float()
         return whole if self.scale is None else whole * self.scale.float()[:, None]
+
+    def product(self, x: Tensor, level: int) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().product(x, level)
+        _hear_the_warning()
+        starts = F.pad(self.counts.cumsum(0), (1, 0))
+        size = (len(self.counts), self.in_features)
+        matrix = torch.sparse_csr_tensor(starts, self.columns, self.values.float(), size)
+        y = torch.sparse.mm(matrix, x.reshape(-1, self.in_features).float().T).T
+        if self.scale is not None:
+            y = y * self.scale.float()
+        return y.to(x.dtype).view(*x.shape[:-1], len(self.counts))
 
     def kept(self) -> dict[str, Kept]:
         found = {"values": self.values} | ({} if self.scale is None else {"row_scale": self.scale})
-        if 16 * (self.values.numel() + len(self.where)) < self.where.numel():
-            columns, counts = self.where.nonzero()[:, 1], self.where.sum(1)
-            found |= {"columns": columns.to(torch.int16), "counts": counts.to(torch.int16)}
+        if 16 * (self.values.numel() + len(self.counts)) < len(self.counts) * self.in_features:
+            found |= {"columns": self.columns.to(torch.int16), "counts": self.counts.to(torch.int16)}
         else:
-            found["mask"] = pack_planes(self.where.to(torch.uint8), 1)[0]
+            where = torch.zeros(len(self.counts), self.in_features, dtype=torch.uint8, device=self.values.device)
+            where[self._rows, self.columns] = 1
+            found["mask"] = pack_planes(where, 1)[0]
         return {name: Kept(array) for name, array in found.items()}
 
     def facts(self) -> dict[str, Any]:
-        return {"shape": list(self.where.shape)}
+        return {"shape": [len(self.counts), self.in_features]}
 
     @classmethod
     def restore(cls, arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
         rows, width = facts["shape"]
-        values = arrays["values"]
+        values, scale = arrays["values"], arrays.get("row_scale")
         if "mask" in arrays:
-            where = unpack_planes([arrays["mask"]], width).bool()
+            apart = cls.at(unpack_planes([arrays["mask"]], width).bool(), values, scale)
         else:
-            where = torch.zeros(rows, width, dtype=torch.bool, device=values.device)
-            row = torch.arange(rows, device=values.device).repeat_interleave(arrays["counts"].long() % 2**16)
-            where[row, arrays["columns"].long() % 2**16] = True
-        if where.shape != (rows, width) or int(where.sum()) != values.numel():
+            columns, counts = (arrays[name].long() % 2**16 for name in ("columns", "counts"))
+            apart = cls(columns, counts, values, width, scale)
+        if len(apart.counts) != rows or not int(apart.counts.sum()) == len(apart.columns) == values.numel():
             raise ValueError("the places of the single weights are not as many as the weights")
-        return cls(where, values, arrays.get("row_scale"))
+        if len(apart.columns) and int(apart.columns.max()) >= width:
+            raise ValueError("a single weight stands beyond the end of its row")
+        return apart
+
+    @property
+    def _rows(self) -> Tensor:
+        return torch.arange(len(self.counts), device=self.counts.device).repeat_interleave(self.counts)
+
+
+@cache
+def _hear_the_warning() -> None:
+    """torch says once that compressed rows are new."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], torch.empty(0, dtype=torch.long), torch.empty(0), (1, 1))
 
 
 @dataclass(frozen=True)
