@@ -27,6 +27,9 @@ Row = dict[str, Any]
 def cases() -> Iterator[tuple[str, Recipe]]:
     """Name and recipe of every row, or of several where one file gives several widths."""
     yield "nested", recipes.nested()
+    yield "nested-tuned", recipes.nested_tuned()
+    yield "nested-tuned-blocks", recipes.nested_tuned_blocks()
+    yield "matquant", recipes.matquant(WIDTHS)
     for bits in WIDTHS:
         yield f"rtn-{bits}", recipes.rtn((bits,))
         yield f"gptq-{bits}", recipes.gptq((bits,), refits=0, passes=0)
@@ -34,6 +37,9 @@ def cases() -> Iterator[tuple[str, Recipe]]:
         yield f"awq-{bits}", recipes.awq((bits,))
         yield f"quarot-{bits}", recipes.quarot((bits,))
         yield f"spqr-{bits}", recipes.spqr((bits,))
+    for bits in (2, 3):
+        yield f"auto-round-{bits}", recipes.auto_round((bits,))
+        yield f"gsq-{bits}", recipes.gsq((bits,))
     for bits in (2, 3, 4):
         yield f"decoupleq-{bits}", recipes.decoupleq((bits,))
         yield f"lorc-{bits}", recipes.lorc((bits,))
@@ -87,7 +93,9 @@ def measure(
     folder = Path(tempfile.mkdtemp())
     try:
         chosen = Recipe.from_dict(recipe)
-        summary = elastiq.quantize(model, folder / "out", chosen, calibration, num_samples=num_samples)
+        summary = elastiq.quantize(
+            model, folder / "out", chosen, calibration, num_samples=num_samples, tuning=calibration
+        )
         levels = [r for r in chosen.levels if len(chosen.levels) == 1 or r in WIDTHS]
         result = evaluate(folder / "out", levels, text, against=str(model), num_windows=num_windows)
     finally:
