@@ -348,7 +348,7 @@ def quantize_matrix(
         raise ElastiqError(f"{site.name}: {error}") from error
     if site.role == "expert" and quantized.shift(recipe.levels[0]) is not None:
         raise ElastiqError(f"{site.name}: an expert has no output of its own to shift; leave the bias correction out")
-    energy = _energy(weight, stats)
+    energy, abs_max = _energy(weight, stats), stats.get("abs_max")
     first = quantized.terms[0]
     group_size = first.grid.group_size if isinstance(first, Codes) else getattr(first, "group_size", site.shape[1])
     row = {
@@ -360,7 +360,7 @@ def quantize_matrix(
         "group_size": group_size,
         "tokens": stats.count,
         "dropped": stats.dropped,
-        "abs_max": None if stats.abs_max is None or not stats.count else round(float(stats.abs_max.max()), 6),
+        "abs_max": None if abs_max is None or not stats.count else round(float(abs_max.max()), 6),
         "fallback": fallback,
         "energy": energy * stats.total / (stats.count * site.shape[0] * block_energy)
         if block_energy and stats.count
@@ -396,7 +396,7 @@ def _solve(weight: Tensor, stats: Stats, recipe: Recipe, folds: tuple[Fold, ...]
 
 def _energy(matrix: Tensor, stats: Stats) -> float:
     """tr(M H Mᵀ) for M [out, in], or with the diagonal of H where that is all there is."""
-    if stats.hessian is not None and stats.total:
+    if stats.get("hessian") is not None and stats.total:
         return float(((matrix @ stats.mean_hessian()) * matrix).sum(dtype=torch.float64))
     return float((matrix.square() @ stats.mean_diagonal(matrix.shape[1])).sum(dtype=torch.float64))
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastiq.core import ElastiqError, Stats
+from elastiq.core import ElastiqError, Rows, Statistic, Stats
 
 
 def rows(count: int, seed: int = 0) -> torch.Tensor:
@@ -27,7 +27,7 @@ def test_updates_and_merges_are_one_sum(counts: list[int], weighted: bool) -> No
     exact = (x.double() * weights[:, None]).T @ x.double() / weights.sum()
     torch.testing.assert_close(merged.mean_hessian().double(), exact, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(merged.mean_diagonal(6).double(), exact.diagonal(), rtol=1e-4, atol=1e-6)
-    assert merged.abs_max is not None and torch.equal(merged.abs_max, x.abs().amax(dim=0))
+    assert torch.equal(merged.sums["abs_max"], x.abs().amax(dim=0))
     assert merged.count == len(x) and merged.total == pytest.approx(float(weights.sum()), rel=1e-5)
 
 
@@ -54,7 +54,7 @@ def test_rows_that_are_not_finite_are_dropped_and_counted(bad: float) -> None:
 def test_only_what_is_asked_for_is_kept() -> None:
     stats = Stats.empty(6, frozenset({"diagonal"}))
     stats.update(rows(4))
-    assert stats.hessian is None and stats.abs_max is None and stats.diagonal is not None
+    assert set(stats.sums) == {"diagonal"} and stats.get("hessian") is None and not stats.gradients
     with pytest.raises(ElastiqError, match="no Hessian was collected"):
         stats.mean_hessian()
     with pytest.raises(ElastiqError, match=r"unknown \['samples'\]; known: abs_max, abs_mean, diagonal, grad_sq"):
@@ -70,6 +70,44 @@ def test_a_wide_hessian_is_whole_and_symmetric() -> None:
     stats = Stats.empty(1100, frozenset({"hessian"}))
     stats.update(x[:25])
     stats.update(x[25:])
-    assert stats.hessian is not None
-    torch.testing.assert_close(stats.hessian.double(), x.double().T @ x.double(), rtol=1e-4, atol=1e-4)
-    assert torch.equal(stats.hessian[:512, 512:], stats.hessian[512:, :512].T)
+    hessian = stats.sums["hessian"]
+    torch.testing.assert_close(hessian.double(), x.double().T @ x.double(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(hessian[:512, 512:], hessian[512:, :512].T)
+
+
+@pytest.mark.parametrize("name", sorted(Statistic.registry))
+def test_every_statistic_of_divided_rows(name: str) -> None:
+    """Dividing what was summed is summing what was divided; parts join to the whole."""
+    x, scale = rows(12), rows(1, seed=3)[0].abs() + 0.5
+    weights = torch.rand(12, generator=torch.Generator().manual_seed(1))
+    gradient = torch.randn(12, 4, generator=torch.Generator().manual_seed(2))
+    plain, divided, first, rest = (Stats.empty(6, {name}) for _ in range(4))
+    plain.update(x, weights, gradient)
+    divided.update(x / scale, weights, gradient)
+    torch.testing.assert_close(plain.divided(scale).sums[name], divided.sums[name])
+    first.update(x[:5], weights[:5], gradient[:5])
+    rest.update(x[5:], weights[5:], gradient[5:])
+    torch.testing.assert_close(first.merge(rest).sums[name], plain.sums[name])
+    assert first.merge(Stats()).sums == {}
+
+
+def test_a_statistic_of_somebody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class statement is all it takes; the same name twice is refused."""
+    monkeypatch.setattr(Statistic, "registry", dict(Statistic.registry))
+
+    class Negative(Statistic, name="negative"):
+        """[in] how many rows are negative."""
+
+        @staticmethod
+        def add(total: torch.Tensor, rows: Rows) -> torch.Tensor:
+            return total + (rows.x < 0).sum(0)
+
+        @staticmethod
+        def divided(total: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return total.clone()
+
+    stats, x = Stats.empty(6, {"negative", "mean"}), rows(9)
+    stats.update(x)
+    assert torch.equal(stats.sums["negative"], (x < 0).sum(0).float())
+    with pytest.raises(ElastiqError, match="'negative' is taken by Negative"):
+        type("Again", (Negative,), {}, name="negative")

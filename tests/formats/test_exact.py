@@ -155,7 +155,7 @@ def test_scales_come_back_near_what_they_were(store: str, groups: int) -> None:
 def test_clusters_split_where_their_naive_twin_splits_them() -> None:
     """Three levels of a codebook: every number of a level, against all cuts of all clusters tried."""
     weight, stats = weight_and_stats(6, 90)
-    stats.grad_sq = None
+    del stats.sums["grad_sq"]
     grid = Codebook((2, 3, 4)).fit(weight, stats)
     share = stats.mean_diagonal(90)
     for row in range(6):

@@ -70,7 +70,7 @@ def test_infinite_damping_is_rounding(solver: Solver) -> None:
     """With H = c I no error can be handed on and all channels weigh the same."""
     weight, stats = weight_and_stats(32, 128)
     format = Integer((4,), 32)
-    uniform = Stats(count=1, total=1.0, diagonal=torch.ones(128))
+    uniform = Stats(count=1, total=1.0, sums={"diagonal": torch.ones(128)})
     expected = codes_of(RoundToNearest(), format, weight, uniform)
     got = codes_of(solver, format, weight, stats)
     assert float((got.codes == expected.codes).float().mean()) > 0.999
@@ -124,7 +124,7 @@ def test_singular_hessian_is_damped_until_it_factors() -> None:
 
 def test_a_hessian_that_is_no_hessian_is_refused() -> None:
     weight, stats = weight_and_stats(16, 64)
-    stats.hessian = -torch.eye(64) + 2 * torch.diag((torch.arange(64) > 30).float())
+    stats.sums["hessian"] = -torch.eye(64) + 2 * torch.diag((torch.arange(64) > 30).float())
     with pytest.raises(ElastiqError, match="gptq: the Hessian is not positive definite even with damp=1"):
         codes_of(GPTQ(), Integer((4,), 32), weight, stats)
 

@@ -44,7 +44,7 @@ class Products:
         gradients = torch.autograd.grad(output, [y for _, _, y in self._seen], direction, allow_unused=True)
         for (stats, x, _), gradient in zip(self._seen, gradients, strict=True):
             counts = None if gradient is None else gradient.float().square().sum(dim=-1)
-            stats.update(x, counts, gradient if stats.grad_sq is not None else None)
+            stats.update(x, counts, gradient if stats.gradients else None)
         self._seen.clear()
 
 

@@ -19,7 +19,8 @@ class BiasCorrection(Compensator, name="bias"):
     needs: ClassVar[frozenset[str]] = frozenset({"mean"})
 
     def fit(self, residual: Tensor, stats: Stats, level: int) -> tuple[SideTerm, ...]:
-        if stats.mean is None:
+        mean = stats.get("mean")
+        if mean is None:
             return ()
-        amount = residual @ (stats.mean / stats.total).to(residual)
+        amount = residual @ (mean / stats.total).to(residual)
         return (Shift(to_half(amount).half(), residual.shape[1], level),)

@@ -1,5 +1,6 @@
 """The types that travel between all parts."""
 
+from . import statistics as statistics  # registers them
 from .allocation import (
     EVIDENCE,
     Allocator,
@@ -18,7 +19,7 @@ from .level_map import LevelMap, Width, widest, width_counts
 from .part import Kept, Part, is_read
 from .recipe import Recipe
 from .site import Site
-from .stats import Stats
+from .stats import Rows, Statistic, Stats
 from .step import (
     Compensator,
     Format,
@@ -57,12 +58,14 @@ __all__ = [
     "Problem",
     "QuantizedWeight",
     "Recipe",
+    "Rows",
     "Sensitivity",
     "SideTerm",
     "Site",
     "Solution",
     "Solver",
     "Split",
+    "Statistic",
     "Stats",
     "Step",
     "Term",

@@ -126,8 +126,8 @@ def _row(site: Site, weight: Tensor, stats: Stats | None) -> dict[str, Any]:
         "input_abs_max": None,
         "input_outlier_channels": None,
     }
-    if stats is not None and stats.abs_max is not None:
-        channels = stats.abs_max
+    channels = None if stats is None else stats.get("abs_max")
+    if stats is not None and channels is not None:
         row["tokens"] = stats.count
         row["input_abs_max"] = channels.max().item()
         row["input_outlier_channels"] = int((channels > _OUTLIER * channels.median()).sum())

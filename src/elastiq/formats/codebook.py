@@ -38,8 +38,9 @@ class Codebook(Format, name="codebook"):
         return 16 * 2 ** self.levels[-1]
 
     def fit(self, weight: Tensor, stats: Stats) -> TableGrid:
-        share = stats.grad_sq if stats.grad_sq is not None and stats.grad_sq.shape == weight.shape else None
-        share = stats.mean_diagonal(weight.shape[1]).expand_as(weight) if share is None else share
+        share = stats.get("grad_sq")
+        if share is None or share.shape != weight.shape:
+            share = stats.mean_diagonal(weight.shape[1]).expand_as(weight)
         ordered, order = weight.sort(dim=1)
         share = share.to(weight.device).gather(1, order).double().clamp_min(1e-30)
         sums = _Sums(ordered.double(), share / share.mean(1, keepdim=True) + 1e-6)

@@ -23,9 +23,7 @@ class ActivationSpikes(Sensitivity, name="spikes"):
     weight: float = 100.0
 
     def measure(self, matrix: Evidence) -> dict[int, float]:
-        spiking = False
-        if matrix.stats is not None and matrix.stats.abs_max is not None:
-            largest = matrix.stats.abs_max
-            spiking = bool(largest.max() > self.ratio * largest.median())
+        largest = None if matrix.stats is None else matrix.stats.get("abs_max")
+        spiking = largest is not None and bool(largest.max() > self.ratio * largest.median())
         factor = self.weight if spiking else 1.0
         return non_increasing({level: factor * matrix.error(level) for level in matrix.levels})

@@ -29,10 +29,11 @@ class OutlierFeatures(Split, name="llm-int8"):
     bits: ClassVar[tuple[int, int]] = (8, 8)
 
     def split(self, weight: Tensor, format: Format, stats: Stats) -> tuple[Tensor, tuple[SideTerm, ...]]:
-        if stats.abs_max is None:
+        abs_max = stats.get("abs_max")
+        if abs_max is None:
             return weight, ()
         unit = float(stats.mean_diagonal(weight.shape[1]).mean().sqrt()) if self.relative else 1.0
-        index = torch.nonzero(stats.abs_max >= self.threshold * unit).flatten().to(weight.device)
+        index = torch.nonzero(abs_max >= self.threshold * unit).flatten().to(weight.device)
         if not len(index):
             return weight, ()
         rest = weight.clone()

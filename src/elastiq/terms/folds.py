@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
 
@@ -39,20 +39,7 @@ class Diagonal(Fold, kind="diagonal"):
         return self.scale.float()
 
     def stats(self, stats: Stats) -> Stats:
-        s = self.scale.float()
-
-        def over(x: Tensor | None, by: Tensor) -> Tensor | None:
-            return None if x is None else x / by
-
-        return replace(
-            stats,
-            hessian=over(stats.hessian, s * s[:, None]),
-            diagonal=over(stats.diagonal, s * s),
-            abs_max=over(stats.abs_max, s),
-            mean=over(stats.mean, s),
-            abs_mean=over(stats.abs_mean, s),
-            grad_sq=over(stats.grad_sq, s * s),
-        )
+        return stats.divided(self.scale.float())
 
     def kept(self) -> dict[str, Kept]:
         return {"scale": Kept(self.scale)}
@@ -88,12 +75,12 @@ class Hadamard(Fold, kind="hadamard"):
         return _mix(weight) * self._signs(weight)  # the mix is symmetric and orthogonal: its own inverse
 
     def stats(self, stats: Stats) -> Stats:
-        if stats.hessian is None:
-            return Stats(stats.count, stats.total, stats.dropped)
-        hessian = self.forward(self.forward(stats.hessian).T).contiguous()
-        mean = None if stats.mean is None else self.forward(stats.mean)
-        diagonal = hessian.diagonal().clone()
-        return Stats(stats.count, stats.total, stats.dropped, hessian, diagonal, mean=mean)
+        hessian, mean = stats.get("hessian"), stats.get("mean")
+        sums = {} if mean is None else {"mean": self.forward(mean)}
+        if hessian is not None:
+            sums["hessian"] = self.forward(self.forward(hessian).T).contiguous()
+            sums["diagonal"] = sums["hessian"].diagonal().clone()
+        return Stats(stats.count, stats.total, stats.dropped, sums)
 
     def kept(self) -> dict[str, Kept]:
         return {"signs": Kept(self.signs)}

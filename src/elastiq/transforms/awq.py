@@ -30,12 +30,13 @@ class ActivationAware(Transform, name="awq"):
     bits: ClassVar[tuple[int, int]] = (3, 8)
 
     def plan(self, consumers: Sequence[Tensor], stats: Stats, format: Format) -> Fold:
-        if stats.abs_mean is None:
+        abs_mean = stats.get("abs_mean")
+        if abs_mean is None:
             raise ElastiqError("awq: the inputs' mean sizes are not known here; put it before a rotation")
         hessian, level = stats.mean_hessian(), self.level or format.levels[0]
         if len(format.levels) > 1:
             format = replace(format, levels=(level,))  # type: ignore[type-var]
-        size = (stats.abs_mean / stats.total).to(consumers[0].device).clamp_min(1e-6)
+        size = (abs_mean / stats.total).to(consumers[0].device).clamp_min(1e-6)
         best, found = torch.inf, torch.ones_like(size)
         for step in range(self.steps):
             scale = size ** (step / self.steps)

@@ -33,8 +33,9 @@ class SmoothQuant(Transform, name="smooth"):
 
     def plan(self, consumers: Sequence[Tensor], stats: Stats, format: Format) -> Fold:
         weight = torch.stack([w.abs().amax(0) for w in consumers]).amax(0).clamp_min(1e-5)
-        if stats.abs_max is None:
+        abs_max = stats.get("abs_max")
+        if abs_max is None:
             raise ElastiqError("smooth: the largest inputs are not known here; put it before a rotation")
-        x = stats.abs_max.to(weight.device).clamp_min(1e-5)
+        x = abs_max.to(weight.device).clamp_min(1e-5)
         scale = x**self.alpha / weight ** (1 - self.alpha)
         return Diagonal.of(scale / scale.log().mean().exp())
