@@ -1,4 +1,4 @@
-# make demo, make test, make test-oldest, make lint: each first sets up what it needs in .venv, and only what changed.
+# make demo, make test, make test-sanitized, make test-oldest, make lint: each first sets up what it needs in .venv, and only what changed.
 #
 # TORCH is given to pip as it stands, so a machine without a GPU can name an index of CPU builds:
 #   make test TORCH="torch -i ADDRESS_OF_THE_INDEX"
@@ -14,17 +14,26 @@ export OMP_WAIT_POLICY ?= passive
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+SANITIZED := $(VENV)/sanitized
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\(.*\)".*/\1/p' pyproject.toml)
 SOURCES := $(shell find src native -type f ! -name '*.so' ! -name '*.pyc') pyproject.toml README.md LICENSE
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-sanitized test-oldest lint clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/installed
 	@OMP_NUM_THREADS=1 $(BIN)/pytest
+
+# Compiled code under gcc's address and undefined-behaviour sanitizers: its own build, and tests of every path. A fault
+# ends the process with a report, so pytest must not capture it. Python itself leaks, and is not asked about that.
+test-sanitized: $(SANITIZED)/installed
+	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 PYTHONPATH=$(SANITIZED) \
+		$(BIN)/pytest -x --capture=no -p no:cacheprovider tests/kernels tests/linalg/test_columns.py tests/runtime/test_decoder.py \
+		-k "(test_matmul and not double_precision and not threads) or shape3 or test_columns or every_path or boundary"
 
 # What meets transformers, with the oldest one that pyproject.toml allows.
 test-oldest: $(OLDEST)/installed
@@ -49,6 +58,14 @@ $(VENV)/torch $(OLDEST)/torch:
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	@echo "Setting up $(VENV): elastiq"
 	@$(PIP) install '.[all,dev]'
+	@touch $@
+
+# A failing build would leave a package without compiled code.
+$(SANITIZED)/installed: $(VENV)/installed
+	@echo "Setting up $(SANITIZED): elastiq"
+	@$(PIP) install . --no-deps --upgrade --target $(SANITIZED) -C build-dir=build/sanitized -C cmake.build-type=Sanitize \
+		-C "cmake.define.CMAKE_CXX_FLAGS_SANITIZE=-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+	@ls $(SANITIZED)/elastiq/linalg/_native*.so >/dev/null
 	@touch $@
 
 $(OLDEST)/installed: $(OLDEST)/torch $(SOURCES)

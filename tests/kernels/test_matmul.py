@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -190,6 +193,32 @@ def test_padding_is_never_read(path: str, mode: str) -> None:
     dirty.scale[1, :, 2:] = float("nan")
     assert torch.equal(matmul(x, dirty, None, mode), matmul(x, clean, None, mode))
     assert torch.equal(decode(dirty), decode(clean))
+
+
+def before_a_wall(array: Tensor) -> Tensor:
+    """A copy that ends where memory begins that nobody may touch; sanitizers do not see masked and tile loads."""
+    room = -(-array.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, room + mmap.PAGESIZE)
+    wall = ctypes.addressof(ctypes.c_char.from_buffer(memory, room))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(wall), mmap.PAGESIZE, 0) == 0
+    copy = torch.frombuffer(memory, dtype=array.dtype, count=array.numel(), offset=room - array.nbytes)
+    return copy.view(array.shape).copy_(array)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory by a call of Linux")
+@pytest.mark.parametrize("path", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_beyond_the_arrays_is_touched(path: str, dtype: torch.dtype) -> None:
+    for shape, group_size in (((18, 72), 72), ((33, 96), 32)):
+        for bits in (1, 3, 8):
+            planes, scale, zero_point, *rest = tiled(random_weight(shape, group_size=group_size), bits)
+            arrays = [before_a_wall(array) for array in (*planes, scale, zero_point)]
+            weight = TiledWeight(arrays[:bits], arrays[bits], arrays[bits + 1], *rest)
+            bias = before_a_wall(torch.randn(shape[0]).to(dtype))
+            for tokens in (1, 2, 7, 20, 50):
+                x = before_a_wall(activations_of(tokens, shape[1]).to(dtype))
+                for mode in ERROR:
+                    assert cpu.matmul(path, x, weight, bias, mode).isfinite().all()
 
 
 def test_zeros_and_extremes(path: str) -> None:
