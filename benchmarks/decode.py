@@ -58,20 +58,25 @@ def decode(
     if model is not None:
         jobs.append({"engine": "transformers", "path": str(model), "bits": 16})
     results: dict[int, list[dict[str, Any]]] = {}
+    absent: dict[str, str] = {}
     for number in range(rounds):
         for index, job in enumerate(jobs):
             result = measure({**job, **common, "check": number == 0, "llama_bench": llama_bench})
-            if result is not None:
+            if "absent" in result:
+                absent[f"llama.cpp on {job['path']}"] = result["absent"]
+            else:
                 results.setdefault(index, []).append(result)
     rows = [summary(jobs[index], found) for index, found in results.items()]
     for row in rows:
         print_row(row)
+    for name, reason in absent.items():
+        print(f"skipped: {name} ({reason})")
     if json_file:
-        write_json(json_file, {"rows": rows, "threads": threads, "prompt": prompt, "tokens": tokens})
+        write_json(json_file, {"rows": rows, "absent": absent, "threads": threads, "prompt": prompt, "tokens": tokens})
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any] | None:
-    """One measurement in a process of its own; None if the peer is absent or cannot."""
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """One measurement in a process of its own; {"absent": why} if the peer is not here or cannot."""
     if job["engine"] == "llama.cpp":
         return measure_llama(job)
     environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"])}
@@ -83,7 +88,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any] | None:
     return result
 
 
-def measure_llama(job: dict[str, Any]) -> dict[str, Any] | None:
+def measure_llama(job: dict[str, Any]) -> dict[str, Any]:
     """Tokens per second by llama-bench, peak memory of its process, bytes of the tensors it reads per token."""
     try:
         import gguf
@@ -97,8 +102,7 @@ def measure_llama(job: dict[str, Any]) -> dict[str, Any] | None:
             process.returncode = status
         rows = json.loads(output)
     except (ImportError, OSError, json.JSONDecodeError) as error:
-        print(f"skipped: llama.cpp on {job['path']} ({error})", file=sys.stderr)
-        return None
+        return {"absent": f"{type(error).__name__}: {error}"}
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(job["path"]).tensors}
     matrices = [tensor for tensor in tensors.values() if len(tensor.shape) > 1]
     read = [t for name, t in tensors.items() if name != "token_embd.weight" or "output.weight" not in tensors]

@@ -99,8 +99,20 @@ def check(weight: TiledWeight, x: Tensor, path: str, mode: str, limit: float | N
     return error
 
 
+def absent_peers() -> dict[str, str]:
+    """Why each peer at batch 1 that is not here is skipped."""
+    ops = {"torch int8pack": "_weight_int8pack_mm", "torch int4pack": "_weight_int4pack_mm_for_cpu"}
+    absent = {
+        name: f"torch {torch.__version__} has no {op}" for name, op in ops.items() if not hasattr(torch.ops.aten, op)
+    }
+    root = os.environ.get("GGML")
+    if root is None or not (Path(root) / "build" / "bin").is_dir() or not any(Path(root).rglob("ggml-backend.h")):
+        absent["ggml"] = "GGML names no directory of llama.cpp with its headers and build/bin"
+    return absent
+
+
 def torch_peers(shape: tuple[int, int], x: Tensor) -> dict[str, list[Callable[[], Any]]]:
-    """Torch's own products at batch 1: bfloat16, 8 bits per row, 4 bits in groups of 128."""
+    """Torch's own products at batch 1: bfloat16, 8 bits per row, 4 bits in groups of 128, those that are here."""
     out, width = shape
     x = x.bfloat16()
 
@@ -109,9 +121,13 @@ def torch_peers(shape: tuple[int, int], x: Tensor) -> dict[str, list[Callable[[]
 
     dense = [torch.randn(out, width).bfloat16() for _ in copies(2 * out * width)]
     peers: dict[str, list[Callable[[], Any]]] = {"torch bf16": [lambda w=w: F.linear(x, w) for w in dense]}
-    int8 = [torch.randint(-128, 127, (out, width), dtype=torch.int8) for _ in copies(out * width)]
-    step = torch.rand(out).bfloat16()
-    peers["torch int8pack"] = [lambda w=w: torch.ops.aten._weight_int8pack_mm(x, w, step) for w in int8]
+    absent = absent_peers()
+    if "torch int8pack" not in absent:
+        int8 = [torch.randint(-128, 127, (out, width), dtype=torch.int8) for _ in copies(out * width)]
+        step = torch.rand(out).bfloat16()
+        peers["torch int8pack"] = [lambda w=w: torch.ops.aten._weight_int8pack_mm(x, w, step) for w in int8]
+    if "torch int4pack" in absent:
+        return peers
     codes = torch.randint(0, 16, (out, width), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     int4 = [packed.clone() for _ in copies(out * width / 2)]
@@ -121,8 +137,8 @@ def torch_peers(shape: tuple[int, int], x: Tensor) -> dict[str, list[Callable[[]
 
 
 def ggml_rows(shape: tuple[int, int], threads: int) -> dict[str, float]:
-    """Microseconds of ggml's fastest product per type; empty unless GGML names a llama.cpp with headers and build."""
-    if "GGML" not in os.environ:
+    """Microseconds of ggml's fastest product per type; empty where ggml is absent."""
+    if "ggml" in absent_peers():
         return {}
     source, root = Path(__file__).parent / "peers" / "ggml_matmul.cpp", Path(os.environ["GGML"])
     libraries = root / "build" / "bin"

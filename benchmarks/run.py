@@ -113,7 +113,7 @@ def matmul(
     json_file: Json = None,
 ) -> None:  # fmt: skip
     """One token, the default path, fixed point of 16 bits; peers: torch, and ggml where GGML names a llama.cpp."""
-    print_products(products.matmul_rows(shapes_of(shape), group_size, seconds), json_file)
+    print_products(products.matmul_rows(shapes_of(shape), group_size, seconds), json_file, products.absent_peers())
 
 
 @app.command()
@@ -136,7 +136,11 @@ def shapes_of(text: str) -> tuple[tuple[int, int], ...]:
     return tuple((int(rows), int(inputs)) for rows, _, inputs in (part.partition("x") for part in text.split(",")))
 
 
-def print_products(rows: Iterator[dict[str, Any]], json_file: Path | None) -> None:
+def print_products(
+    rows: Iterator[dict[str, Any]], json_file: Path | None, absent: dict[str, str] | None = None
+) -> None:
+    for name, reason in (absent or {}).items():
+        print(f"skipped: {name} ({reason})", flush=True)
     kept = []
     for row in rows:
         kept.append(row)
@@ -150,7 +154,7 @@ def print_products(rows: Iterator[dict[str, Any]], json_file: Path | None) -> No
             flush=True,
         )
     if json_file:
-        write_json(json_file, {"rows": kept})
+        write_json(json_file, {"rows": kept, "absent": absent or {}})
 
 
 def print_row(row: dict[str, Any]) -> None:
