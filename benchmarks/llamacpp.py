@@ -3,9 +3,9 @@
     python benchmarks/llamacpp.py NESTED --programs DIR --text wikitext-2/test.raw.txt --chunks 100 --json rows.json
     python benchmarks/llamacpp.py NESTED --programs DIR --text FILE --model MODEL --calibration FILE   # beside its own
 
-DIR holds llama-perplexity, llama-quantize and llama-imatrix. The protocol: windows of 512 tokens, the last 255
-predictions of each count. "here" is what torch makes of the file's tensors as the package gguf decodes them. With
---model, llama.cpp quantizes that 16-bit model to the same type (every decoder matrix, the embedding stays 16 bits),
+DIR holds llama-perplexity, llama-completion, llama-quantize and llama-imatrix. The protocol: windows of 512 tokens, the
+last 255 predictions of each count. "here" is what torch makes of the file's tensors as the package gguf decodes them.
+With --model, llama.cpp quantizes that 16-bit model to the same type (decoder matrices; the embedding stays 16 bits),
 without and with an importance matrix of 32 windows of the calibration text.
 """
 
@@ -33,40 +33,51 @@ from elastiq.export import GGUF, export
 
 TYPES = {"Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q4_0": 4, "Q4_1": 4, "Q5_K": 5, "Q5_0": 5, "Q5_1": 5, "Q6_K": 6, "Q8_0": 8}
 """The width whose level is written as each type."""
-_WINDOW = 512
+WINDOW = 512
+PROMPT = "The history of the"
 
 
-def run(program: Path, *arguments: object) -> str:
-    """What a program of llama.cpp prints."""
-    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=False)
+def run(program: Path, *arguments: object, both: bool = True) -> str:
+    """What a program of llama.cpp prints, with or without its log."""
+    done = subprocess.run(
+        [program, *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"{program.name} stopped with {done.returncode}:\n{done.stderr[-2000:]}")
-    return done.stdout + done.stderr
+    return done.stdout + (done.stderr if both else "")
+
+
+def continued(programs: Path, file: Path, prompt: str) -> str:
+    """The prompt and 16 tokens after it, always the likeliest."""
+    options = ["-n", 16, "--temp", 0, "-t", 2, "-no-cnv"]
+    return run(programs / "llama-completion", "-m", file, "-p", prompt, *options, both=False)
 
 
 def there(programs: Path, file: Path, text: Path, chunks: int) -> float:
     """Perplexity as llama.cpp gives it."""
-    said = run(programs / "llama-perplexity", "-m", file, "-f", text, "-c", _WINDOW, "--chunks", chunks, "-t", 2)
-    found = re.search(r"Final estimate: PPL = ([0-9.]+)", said)
-    if found is None:
-        raise SystemExit(f"llama-perplexity gave no estimate of {file}:\n{said[-2000:]}")
-    return float(found[1])
+    said = ""
+    for _ in range(8):  # one run in five of that of ggml 0.25.3 ended before its last lines are out
+        said = run(programs / "llama-perplexity", "-m", file, "-f", text, "-c", WINDOW, "--chunks", chunks, "-t", 2)
+        found = re.search(r"Final estimate: PPL = ([0-9.]+)", said)
+        if found is not None:
+            return float(found[1])
+    raise SystemExit(f"llama-perplexity gave no estimate of {file}:\n{said[-2000:]}")
 
 
 @torch.inference_mode()
 def here(model: PreTrainedModel, ids: torch.Tensor) -> float:
     """Perplexity of windows [count, 512] by the same protocol."""
-    first, total = _WINDOW // 2, 0.0
+    first, total = WINDOW // 2, 0.0
     for window in ids:
         logits = model(input_ids=window[None], use_cache=False).logits[0, first:-1].float()
         total += float(torch.nn.functional.cross_entropy(logits, window[first + 1 :], reduction="sum"))
-    return math.exp(total / (len(ids) * (_WINDOW - first - 1)))
+    return math.exp(total / (len(ids) * (WINDOW - first - 1)))
 
 
 def read_windows(nested: Path, text: Path, chunks: int) -> torch.Tensor:
     tokenizer = AutoTokenizer.from_pretrained(nested)
-    ids = tokenizer(text.read_text(), add_special_tokens=False, return_tensors="pt").input_ids[0]
-    return ids[: len(ids) // _WINDOW * _WINDOW].view(-1, _WINDOW)[:chunks]
+    ids = tokenizer(text.read_text(), add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+    return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)[:chunks]
 
 
 def write_float(view: View, model: Path, path: Path) -> None:
@@ -116,7 +127,7 @@ def main() -> None:
         if args.model:
             write_float(view, args.model, room / "float.gguf")
             add(type="F16", theirs=there(args.programs, room / "float.gguf", args.text, len(windows)))
-            calibration = ["-f", args.calibration, "-c", _WINDOW, "--chunks", 32, "--no-ppl", "-t", 2]
+            calibration = ["-f", args.calibration, "-c", WINDOW, "--chunks", 32, "--no-ppl", "-t", 2]
             run(args.programs / "llama-imatrix", "-m", room / "float.gguf", *calibration, "-o", room / "imatrix.gguf")
         for kind in args.types:
             file = room / "ours.gguf"
@@ -124,6 +135,7 @@ def main() -> None:
             summary = export(args.nested, file, target, TYPES[kind])
             row = {"type": kind, "bits": TYPES[kind], "bits_per_weight": round(summary.bits_per_weight, 3)}
             row |= {"ours": there(args.programs, file, args.text, len(windows))}
+            row |= {"continued": continued(args.programs, file, PROMPT)}
             row |= {"ours_here": here(target.open(file, View(view.reader, TYPES[kind])), windows)}
             file.unlink()
             for key, importance in (("theirs", []), ("theirs_imatrix", ["--imatrix", room / "imatrix.gguf"])):

@@ -141,6 +141,7 @@ def test_gptq_as_its_layout_says(
     export(checkpoint(), tmp_path / "out", GPTQDirectory(version=version), bits)
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert config["checkpoint_format"] == {1: "gptq", 2: "gptq_v2"}[version] and config["bits"] == bits
+    assert "gptqmodel:0.9.0" in config["meta"]["quantizer"]  # without which GPT-QModel refuses version 1
     arrays, name, column = load_file(tmp_path / "out/model.safetensors"), "model.layers.0.mlp.up_proj", 5
     codes = canonical_stream(arrays[f"{name}.qweight"][:, column], bits, 64)
     values = []

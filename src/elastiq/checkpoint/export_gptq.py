@@ -14,6 +14,9 @@ from .bit_stream import pack_stream, unpack_stream
 from .export_integer import IntegerTarget, Packed, main_width
 from .view import View
 
+_ZERO_POINTS_AS = "gptqmodel:0.9.0"
+"""GPT-QModel takes asymmetric directories of version 1 only where this stands, since others had wrong zero points."""
+
 
 @dataclass(frozen=True)
 class GPTQDirectory(IntegerTarget, name="gptq"):
@@ -61,7 +64,7 @@ class GPTQDirectory(IntegerTarget, name="gptq"):
             "true_sequential": False,
             "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
             "pack_dtype": "int32",
-            "meta": {"quantizer": ["elastiq"]},
+            "meta": {"quantizer": ["elastiq", _ZERO_POINTS_AS]},
         }
         if others:
             data["dynamic"] = {f"+:^{re.escape(name)}$": {"bits": bits} for name, bits in others.items()}

@@ -1,0 +1,99 @@
+"""Exports in a real llama.cpp: `ELASTIQ_LLAMACPP=FOLDER pytest -m llamacpp`, outside of the ordinary suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+import elastiq
+from elastiq import embedded, recipes
+from elastiq.checkpoint import CheckpointReader
+from elastiq.checkpoint.view import View
+from elastiq.export import GGUF, export
+
+CHUNKS = 6
+PROGRAMS = ("llama-perplexity", "llama-completion")
+
+pytestmark = pytest.mark.llamacpp
+
+
+@pytest.fixture(scope="module")
+def programs() -> Path:
+    folder = os.environ.get("ELASTIQ_LLAMACPP")
+    if not folder:
+        pytest.skip("ELASTIQ_LLAMACPP does not name a folder with the programs of llama.cpp")
+    missing = [name for name in PROGRAMS if not (Path(folder) / name).is_file()]
+    if missing:
+        pytest.skip(f"ELASTIQ_LLAMACPP={folder} has no {' and no '.join(missing)}")
+    return Path(folder)
+
+
+@pytest.fixture
+def llamacpp(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark, whose protocol this shares."""
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import llamacpp
+
+    return llamacpp
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The embedded model, or one of GPT-2's shape taught its text for a few steps; at levels 2, 3, 4, 5, 6 and 8."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            room = tmp_path_factory.mktemp(family)
+            source = embedded.model_dir() if family == "llama" else taught_gpt2(room / "source")
+            ids = AutoTokenizer.from_pretrained(source)(embedded.calibration_text()[:20000]).input_ids[:2048]
+            recipe = recipes.gptq((2, 3, 4, 5, 6, 8), 32)
+            elastiq.quantize(source, room / "nested", recipe, torch.tensor(ids).view(-1, 512))
+            made[family] = room / "nested"
+        return made[family]
+
+    return get
+
+
+def taught_gpt2(directory: Path) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(embedded.model_dir())
+    shape = {"n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).float()
+    ids = torch.tensor(tokenizer(embedded.calibration_text()).input_ids)
+    windows = ids[: len(ids) // 128 * 128].view(-1, 128)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(60):
+        batch = windows[8 * step : 8 * step + 8]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.half().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_loads_generates_and_agrees(
+    checkpoint: Callable[[str], Path], programs: Path, llamacpp: ModuleType, tmp_path: Path, family: str
+) -> None:
+    """Perplexity within 0.5% of what torch makes of the same file, at every type."""
+    nested, text, file = checkpoint(family), tmp_path / "text.txt", tmp_path / "model.gguf"
+    text.write_text(embedded.heldout_text(), encoding="utf-8")
+    windows = llamacpp.read_windows(nested, text, CHUNKS)
+    for kind, bits in llamacpp.TYPES.items():
+        target = GGUF(kind)
+        export(nested, file, target, bits)
+        there = llamacpp.there(programs, file, text, CHUNKS)
+        here = llamacpp.here(target.open(file, View(CheckpointReader(nested), bits)), windows)
+        assert abs(there / here - 1) < 0.005, (kind, there, here)
+        said = llamacpp.continued(programs, file, llamacpp.PROMPT).strip()
+        assert said.startswith(llamacpp.PROMPT) and said != llamacpp.PROMPT, (kind, said)
+        file.unlink()
