@@ -200,3 +200,9 @@ def test_without_a_text_the_calibration_and_the_package_share(tiny_model: Callab
     assert torch.equal(ids, torch.cat(expected))
     assert torch.equal(tuning_ids(None, None, tokenizer, 8, 16), calibration_ids(None, tokenizer, 8, 16))
     assert torch.equal(tuning_ids(None, IDS, tokenizer, 4, 16), IDS[:4, :16])
+
+
+def test_wide_levels_are_tuned_in_full_precision() -> None:
+    assert tune.arithmetic("cpu", None, (8,)) == tune.arithmetic("cpu", None, (2, 6)) == torch.float32
+    assert tune.arithmetic("cuda", None, (2, 4)) == torch.bfloat16
+    assert tune.arithmetic("cpu", torch.bfloat16, (8,)) == torch.bfloat16

@@ -113,9 +113,9 @@ def quantize(
     model: a directory, a hub name, or what `import_model` reads: a GGUF file, a packed directory.
     calibration: text or JSONL file(s), strings, chat records, token ids, or None for the text in the package. tuning:
     the same for a recipe with a tuner, None for the calibration's and the package's text in equal parts. dtype: of the
-    forward passes' arithmetic (float32 by default; bfloat16 for a tuner where the device is made for it).
-    progress(what, done, total) is called as the work goes on. Finished blocks and tuned levels are durable: the same
-    call after a crash resumes, and gives the same bytes (with the same number of threads, where it tunes). Raises
+    forward passes' arithmetic (float32 by default; bfloat16 for a tuner of up to 4 bits where the device is made for
+    it). progress(what, done, total) is called as the work goes on. Finished blocks and tuned levels are durable: the
+    same call after a crash resumes, and gives the same bytes (with the same number of threads, where it tunes). Raises
     ElastiqError, with a sentence, for input that cannot be handled; nothing half-written is left at `output`.
     """
     with ordinary(model, Path(output)) as directory:
@@ -151,8 +151,9 @@ def _quantize(
         trained = tuning_ids(tuning, calibration, tokenizer, recipe.tuner.windows, ids.shape[1])
     report("reading the model", 0, 1)
     fingerprint = _fingerprint(source, recipe, ids, dtype or torch.float32)
-    if trained is not None:
-        fingerprint["tuning"] = {**_text_facts(trained), "dtype": str(arithmetic(device, dtype))}
+    if recipe.tuner is not None and trained is not None:
+        dtypes = [str(arithmetic(device, dtype, group)) for group in recipe.tuner.groups(recipe.levels)]
+        fingerprint["tuning"] = {**_text_facts(trained), "dtypes": dtypes}
     report("reading the model", 1, 1)
     output = Path(output)
     if not restart and is_finished(output, fingerprint):
@@ -181,10 +182,7 @@ def _quantize(
         }
         if recipe.tuner is not None and trained is not None:
             sites = layout.sites + (layout.outer if recipe.embeddings else ())
-            precision = arithmetic(device, dtype)
-            tuned = tune(
-                writer, source, layout, sites, recipe.levels, recipe.tuner, trained, precision, device, report
-            )
+            tuned = tune(writer, source, layout, sites, recipe.levels, recipe.tuner, trained, dtype, device, report)
             info["tuning"] = {"windows": len(trained), "loss": tuned}
         report("writing the checkpoint", 0, 1)
         writer.finish(_base(source, layout, recipe), source.path, _config(source), recipe, info)
@@ -493,10 +491,9 @@ def _plan(source: ModelSource, skeleton: Any, layout: Layout, recipe: Recipe, nu
         seconds += 6.0 * tokens * sum(site.num_weights for site in layout.sites) / _matmul_rate(torch.float32)
         memory += 40 * max(sum(site.num_weights for site in layout.at(b)) for b in range(len(layout.blocks)))
     if recipe.tuner is not None:
-        precision = arithmetic("cpu", None)
-        tuning, flops = estimate(skeleton, sites, recipe.levels, recipe.tuner, seq_len, precision)
+        tuning, flops = estimate(skeleton, sites, recipe.levels, recipe.tuner, seq_len)
         memory = max(memory, PROCESS_BYTES + tuning)
-        seconds += flops / _matmul_rate(precision)
+        seconds += sum(count / _matmul_rate(precision) for precision, count in flops.items())
     return Plan(
         model=str(source.path),
         matrices=[{"name": s.name, "role": s.role, "block": s.block, "shape": list(s.shape)} for s in sites],

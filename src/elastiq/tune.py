@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -28,6 +29,8 @@ Progress = Callable[[str, int, int], None]
 
 KEPT_ANSWERS = 256
 """Most probable tokens whose probabilities are kept for each position; the others count together."""
+_COARSE = 4
+"""Bits of the widest level that loses more than the arithmetic of bfloat16."""
 _LOGITS_BYTES = 2**28
 """float32 logits of one batch of the full model."""
 _CHUNK = 2**21
@@ -42,22 +45,23 @@ def tune(
     levels: Sequence[int],
     tuner: Tuner,
     ids: Tensor,
-    dtype: torch.dtype,
+    wanted: torch.dtype | None,
     device: torch.device | str,
     report: Progress,
 ) -> dict[int, dict[str, Any]]:
     """Tune every level whose result is not durable yet; the loss before and after of each.
 
-    ids: int64 [windows, seq_len]. dtype: of the arithmetic; what is not a matrix of `sites` stays in float32. Memory:
-    the matrices once in `dtype`, codes, the answers, and the activations of one batch.
+    ids: int64 [windows, seq_len]. wanted: as in `arithmetic`; what is not a matrix of `sites` stays in float32. Memory:
+    the matrices once in the arithmetic's type, codes, the answers, and the activations of one batch.
     """
     todo = [group for group in tuner.groups(levels) if not set(group) <= writer.tuned().keys()]
     if todo:
         model = build_skeleton(source, torch.float32)
-        _load(model, source, sites, dtype, device)
         answers = writer.side_file("answers")
+        exact = arithmetic(device, wanted, [level for group in tuner.groups(levels) for level in group])
+        _load(model, source, sites, exact, device)
         if not answers.is_file():
-            writer.write_side_file("answers", lambda path: _write_answers(path, model, ids, dtype, device, report))
+            writer.write_side_file("answers", lambda path: _write_answers(path, model, ids, exact, device, report))
         for name in by_parameter(sites):
             free_parameter(model, name)
         terms = _terms(writer, device)
@@ -65,6 +69,7 @@ def tune(
             calls = tuner.calls(len(ids), group)
             called = partial(_report_call, report, group, calls)
             kept = layout.blocks if tuner.joint else ()
+            dtype = arithmetic(device, wanted, group)
             objective = TextObjective(model, sites, ids, answers, dtype, device, called, kept)
             tuned = tuner.tune(objective, terms, group, FileJournal(writer, f"state-{group[0]}-{group[-1]}"))
             by_site = {site: tuned.terms[site.name] for site in sites}
@@ -75,28 +80,34 @@ def tune(
 
 
 def estimate(
-    model: PreTrainedModel, sites: Sequence[Site], levels: Sequence[int], tuner: Tuner, seq_len: int, dtype: torch.dtype
-) -> tuple[int, float]:
-    """Bytes of memory, and multiplications and additions, that `tune` takes, roughly; `model` may be on meta."""
+    model: PreTrainedModel, sites: Sequence[Site], levels: Sequence[int], tuner: Tuner, seq_len: int
+) -> tuple[int, dict[torch.dtype, float]]:
+    """Bytes of memory, and multiplications and additions of each type, that `tune` takes on a processor, roughly;
+    `model` may be on meta."""
     total = sum({id(p): p.numel() for p in model.parameters()}.values())
     matrices = sum(site.num_weights for site in sites)
-    calls = sum(tuner.calls(tuner.windows, group) for group in tuner.groups(levels))
-    batch = seq_len * tuner.batch
-    tokens = seq_len * tuner.windows + (4 if tuner.joint else 3) * batch * calls
+    groups, batch = tuner.groups(levels), seq_len * tuner.batch
+    exact = arithmetic("cpu", None, [level for group in groups for level in group])
+    flops = defaultdict(float, {exact: 2.0 * total * seq_len * tuner.windows})
+    for group in groups:
+        tokens = (4 if tuner.joint else 3) * batch * tuner.calls(tuner.windows, group)
+        flops[arithmetic("cpu", None, group)] += 2.0 * total * tokens
     width = model.config.get_text_config().vocab_size + sum(sum(site.shape) for site in sites)
-    return matrices * (2 * dtype.itemsize + 1) + 8 * (total - matrices) + 2 * dtype.itemsize * batch * width, (
-        2.0 * total * tokens
-    )
+    size = exact.itemsize
+    return matrices * (2 * size + 1) + 8 * (total - matrices) + 2 * size * batch * width, flops
 
 
 def _report_call(report: Progress, levels: Sequence[int], calls: int, done: int) -> None:
     report(f"tuning {', '.join(map(str, levels))} bits", done, calls)
 
 
-def arithmetic(device: torch.device | str, wanted: torch.dtype | None) -> torch.dtype:
-    """What tuning computes in: `wanted`, else bfloat16 where the device multiplies it natively, else float32."""
+def arithmetic(device: torch.device | str, wanted: torch.dtype | None, levels: Sequence[int]) -> torch.dtype:
+    """What tuning `levels` computes in: `wanted`, else bfloat16 where the device multiplies it natively, else float32.
+    Always float32 where a level has more than 4 bits, which lose less than bfloat16 does."""
     if wanted is not None:
         return wanted
+    if max(levels, default=0) > _COARSE:
+        return torch.float32
     kind = torch.device(device).type
     native = torch.cpu._is_avx512_bf16_supported() if kind == "cpu" else kind == "cuda"
     return torch.bfloat16 if native else torch.float32
