@@ -74,14 +74,36 @@ def test_packed_directories(
     nested: Path, tmp_path: Path, target: GPTQDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("elastiq.export.MOST_DIFFERENT", 5.0)
-    names = list(CheckpointReader(nested).manifest.matrices)
+    matrices = CheckpointReader(nested).manifest.matrices
+    names = list(matrices)
     widths = dict.fromkeys(names, 4) | ({names[3]: 8} if not isinstance(target, AWQDirectory) else {})
     export(nested, tmp_path / "packed", target, widths)
     import_model(tmp_path / "packed", tmp_path / "out")
     arrays, packed = load_file(tmp_path / "out/model.safetensors"), load_file(tmp_path / "packed/model.safetensors")
     for name in names:
         own = {key.rpartition(".")[2]: value for key, value in packed.items() if key.startswith(f"{name}.")}
-        assert torch.equal(arrays[f"{name}.weight"], target.unpack(own, widths[name]).half())
+        assert torch.equal(arrays[f"{name}.weight"], target.unpack(own, matrices[name], widths[name]).half())
+
+
+def test_shards_are_those_of_the_index(nested: Path, tmp_path: Path) -> None:
+    """What the index names lies within the directory, is there, and holds what it promises."""
+    packed = tmp_path / "packed"
+    export(nested, packed, GPTQDirectory(), 4)
+    index, names = packed / "model.safetensors.index.json", list(load_file(packed / "model.safetensors"))
+    for file, message in (
+        ("../model.safetensors", r"names a shard outside its directory: \.\./model\.safetensors"),
+        ("model-2.safetensors", r"lacks the shard model-2\.safetensors that"),
+        ("model.safetensors", r"model\.safetensors\.index\.json promises another, which no file holds"),
+    ):
+        weight_map = dict.fromkeys([*names, "another"], "model.safetensors") | {names[0]: file}
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ElastiqError, match=message):
+            import_model(packed, tmp_path / "out")
+    index.unlink()
+    (packed / "model.safetensors").rename(packed / "pytorch_model.bin")
+    with pytest.raises(ElastiqError, match="holds its weights as pickle files only, which are never read"):
+        import_model(packed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..core import ElastiqError
+from ..models.source import tensor_files
 from . import import_bitsandbytes
 from .export import write_aside
 from .export_awq import awq_dense
 from .export_compressed import compressed_dense
 from .export_gptq import gptq_dense
 from .files import json_bytes, range_chunks, read_json, write_durably
-from .names import CONFIG, travels_along
+from .names import CONFIG, INDEX, travels_along
 from .tensors import read_header, tensor_bytes, write_tensors
 
 Layer = dict[str, Tensor]
@@ -44,7 +45,7 @@ def import_packed(directory: str | Path, output: str | Path) -> None:
 def _write(
     directory: Path, work: Path, config: dict[str, Any], key: str, dense: Callable[[str, Layer], Tensor]
 ) -> None:
-    files = {name: file for file in sorted(directory.glob("*.safetensors")) for name in read_header(file)[0]}
+    files = _files(directory)
     layers = sorted(name.removesuffix(f".{key}") for name in files if name.endswith(f".{key}"))
     if not layers:
         raise ElastiqError(f"{directory}: no array ends in {key}; there is nothing packed in it")
@@ -81,6 +82,18 @@ def _write(
     for path in sorted(directory.iterdir()):
         if travels_along(path.name) and path.is_file():
             write_durably(work / path.name, range_chunks(path, 0, path.stat().st_size))
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """The file of every array: those that the index names, or all there are."""
+    shards, promised = sorted(directory.glob("*.safetensors")), {}
+    if not shards or (directory / INDEX).is_file():
+        promised = tensor_files(directory)
+        shards = sorted({directory / file for file in promised.values()})
+    files = {name: file for file in shards for name in read_header(file)[0]}
+    for name in sorted(promised.keys() - files.keys()):
+        raise ElastiqError(f"{directory / INDEX} promises {name}, which no file holds; get the model again")
+    return files
 
 
 def _gptq(settings: Mapping[str, Any]) -> Callable[[str, Layer], Tensor]:

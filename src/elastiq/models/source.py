@@ -48,7 +48,7 @@ class ModelSource:
     def __init__(self, model: str | Path, revision: str | None = None) -> None:
         self.path = _directory(model, revision)
         self.config = _read_config(self.path)
-        self.tensor_files = _tensor_files(self.path)
+        self.tensor_files = tensor_files(self.path)
 
     @property
     def shards(self) -> tuple[str, ...]:
@@ -153,7 +153,11 @@ def _read_config(path: Path) -> PretrainedConfig:
         ) from error
 
 
-def _tensor_files(path: Path) -> dict[str, str]:
+def tensor_files(path: Path) -> dict[str, str]:
+    """Array name -> file of a model directory, by its index where it has one.
+
+    Raises ElastiqError where files are missing, lie elsewhere, or are pickles only.
+    """
     index = path / INDEX
     if index.is_file():
         files = _read_json(index).get("weight_map")
