@@ -125,7 +125,7 @@ def test_refusals(hub: Hub, nested: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ElastiqError, match=message) as caught:
             pull(repo, tmp_path / "out", **settings)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and not (tmp_path / "out.pulling").exists()
     (nested / "plane-7.safetensors").unlink()
     (nested / "plane-8.safetensors").unlink()
     with pytest.raises(ElastiqError, match=r"plane-7\.safetensors is missing"):

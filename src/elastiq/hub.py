@@ -80,7 +80,12 @@ def pull(repo: str, output: str | Path, bits: int | None = None, *, revision: st
     work = output.with_name(f"{output.name}.pulling")
     with disk_errors(output, "pull again"):
         work.mkdir(parents=True, exist_ok=True)
-        _download(repo, work, bits, revision)
+        try:
+            _download(repo, work, bits, revision)
+        except BaseException:
+            if not any(file.suffix in (".safetensors", ".incomplete") for file in work.rglob("*")):
+                shutil.rmtree(work, ignore_errors=True)  # nothing that another run would be spared
+            raise
         reader = CheckpointReader(work)
         for name in sorted(reader.digests):
             if (work / name).is_file():
