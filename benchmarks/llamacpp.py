@@ -49,7 +49,7 @@ def run(program: Path, *arguments: object, both: bool = True) -> str:
 
 def continued(programs: Path, file: Path, prompt: str) -> str:
     """The prompt and 16 tokens after it, always the likeliest."""
-    options = ["-n", 16, "--temp", 0, "-t", 2, "-no-cnv"]
+    options = ["-n", 16, "--temp", 0, "-t", 2, "-no-cnv", "--ignore-eos"]
     return run(programs / "llama-completion", "-m", file, "-p", prompt, *options, both=False)
 
 
