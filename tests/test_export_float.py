@@ -70,6 +70,19 @@ def test_held_without_change(tmp_path: Path, case: str) -> None:
     assert (found - wanted).norm() < (1e-3 if plain else 3e-2) * wanted.norm()
 
 
+def test_matrices_read_as_one_share_their_global_scale(tmp_path: Path) -> None:
+    """vLLM takes the largest of those of query, key and value, and of gate and up, for all of them."""
+    nested = quantized(tmp_path, recipes.nv())
+    summary = export(nested, tmp_path / "out", CompressedTensors())
+    assert 0 < summary.error < 1e-3
+    arrays = load_file(tmp_path / "out/model.safetensors")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    for layer in range(config["num_hidden_layers"]):
+        for parent, leaves in (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))):
+            names = [f"model.layers.{layer}.{parent}.{leaf}.weight_global_scale" for leaf in leaves]
+            assert len({float(arrays[name]) for name in names}) == 1
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [

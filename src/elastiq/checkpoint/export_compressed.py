@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import ElastiqError
+from ..models.fused import fused_groups
 from ..runtime.stored import ArraySpec, StoredMatrix
 from .bit_stream import pack_stream, unpack_stream
 from .export import ExportedMatrix, relative_error
@@ -23,7 +24,8 @@ class CompressedTensors(IntegerTarget, name="compressed-tensors"):
     """The format pack-quantized, one group of modules per width; for small floats the format that holds them unchanged.
 
     asymmetric: keep zero points, which servers take at 4 and 8 bits only. Without them 2 and 3 bits are fitted to the
-    widest level, because their own codes do not fit.
+    widest level, because their own codes do not fit. exact: also leave every NVFP4 matrix its own global scale; without
+    it matrices that servers read as one (query, key and value; gate and up) share theirs, because they take only one.
     """
 
     widths = (2, 3, 4, 5, 6, 7, 8)
@@ -79,7 +81,8 @@ class CompressedTensors(IntegerTarget, name="compressed-tensors"):
         if stored.coded:
             return super().pack_matrix(view, name)
         kind = float_kind(stored)
-        arrays = kind.pack(view.table(name), stored)
+        top = None if self.exact or not kind.global_scale else _shared_top(view, name)
+        arrays = kind.pack(view.table(name), stored, top)
         error = relative_error(view.dense(name), kind.unpack(arrays))
         count = 8 * sum(array.nbytes for array in arrays.values())
         return arrays, ExportedMatrix(name, kind.bits, kind.format, count, stored.num_weights, kind.bits, error)
@@ -117,6 +120,13 @@ class CompressedTensors(IntegerTarget, name="compressed-tensors"):
         if not stored.coded:
             name, weights = float_kind(stored).format, float_kind(stored).weights(stored)
         return {"weights": weights, "input_activations": None, "output_activations": None, "format": name}
+
+
+def _shared_top(view: View, name: str) -> Tensor:
+    """The largest global scale [1] of the matrices that are read as one with `name`."""
+    linear = [other for other, stored in view.matrices.items() if stored.role == "linear"]
+    group = next(group for group in fused_groups(linear) if name in group)
+    return torch.stack([view.table(other).grid.scales[view.widths[other]]["_top"] for other in group]).amax(0)
 
 
 def compressed_dense(arrays: dict[str, Tensor], bits: int) -> Tensor:

@@ -42,15 +42,23 @@ class FloatKind:
         if self.bits < 8:
             codes = {"weight_packed": (torch.uint8, (rows, columns * self.bits // 8))}
         scale = {"e8m0": torch.uint8, "e4m3": _FP8}.get(self.stores[0], torch.float32)
-        shared: dict[str, ArraySpec] = {"weight_global_scale": (torch.float32, (1,))} if "e4m3" in self.stores else {}
+        shared: dict[str, ArraySpec] = {"weight_global_scale": (torch.float32, (1,))} if self.global_scale else {}
         return codes | {"weight_scale": (scale, (rows, groups))} | shared
 
-    def pack(self, term: TableCodes, stored: StoredMatrix) -> dict[str, Tensor]:
-        """Their content."""
-        codes, scale = term.codes, term.grid.scales[self.bits]
+    @property
+    def global_scale(self) -> bool:
+        """Whether the scales of a matrix lie under one more."""
+        return "e4m3" in self.stores
+
+    def pack(self, term: TableCodes, stored: StoredMatrix, top: Tensor | None = None) -> dict[str, Tensor]:
+        """Their content. top: what the matrix's own global scale is replaced by; its scales are rounded anew."""
+        codes, scale = term.codes, dict(term.grid.scales[self.bits])
+        if top is not None:
+            small = (scale[""].view(_FP8).float() * (scale["_top"] / top)).clamp(max=448)
+            scale = {"": small.to(_FP8).view(torch.uint8), "_top": top}
         packed = codes.view(_FP8) if self.bits == 8 else pack_stream(codes, self.bits).view(torch.uint8)
         arrays = {"weight" if self.bits == 8 else "weight_packed": packed}
-        if "e4m3" in self.stores:  # the reader divides by the global scale
+        if self.global_scale:  # by which the reader divides
             arrays |= {"weight_scale": scale[""].view(_FP8), "weight_global_scale": 1 / scale["_top"]}
         else:
             arrays["weight_scale"] = scale[""] if "e8m0" in self.stores else scale[""].float()
@@ -74,7 +82,7 @@ class FloatKind:
     def weights(self, stored: StoredMatrix) -> dict[str, Any]:
         """What config.json says about the weights."""
         row = stored.group_size == stored.in_features and self.group_size is None
-        strategy = "channel" if row else "tensor_group" if "e4m3" in self.stores else "group"
+        strategy = "channel" if row else "tensor_group" if self.global_scale else "group"
         said = {
             "num_bits": self.bits,
             "type": "float",
