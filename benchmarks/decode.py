@@ -27,9 +27,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import elastiq
 from elastiq.checkpoint import CheckpointReader
+from elastiq.checkpoint.names import BASE, plane_file
 from elastiq.evaluate import write_json
 from elastiq.linalg import native
-from elastiq.runtime import NestedEmbedding, bits_per_weight, nested_matrices
+from elastiq.runtime import NestedEmbedding, bits_per_weight, bytes_in_memory, nested_matrices
 
 TOLERANCE = 2e-3
 """Relative difference of logits from the torch twin's, above which nothing is reported."""
@@ -128,7 +129,9 @@ def print_row(row: dict[str, Any]) -> None:
         f"{row['engine']:>12} {row['name']:>24} {row['bits']:>2} ({row['bits_per_weight']:.2f} counted): "
         f"decode {row['decode']:.1f} tokens/s ({row['bytes_per_token'] / 1e6:.0f} MB each), "
         f"prefill {row['prefill']:.0f} tokens/s, peak {row['peak_memory'] / 1e6:.0f} MB"
-        + (f", resident {row['resident'] / 1e6:.0f} MB over imports" if "resident" in row else ""),
+        + (f", resident {row['resident'] / 1e6:.0f} MB over imports" if "resident" in row else "")
+        + (f" ({row['resident'] / row['held']:.2f} of what is held)" if "held" in row else "")
+        + (f", loaded in {row['load']:.2f} s ({row['read']:.2f} for a plain read)" if "load" in row else ""),
         flush=True,
     )
 
@@ -137,20 +140,27 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     """What a process of its own measures of elastiq or of transformers."""
     torch.set_num_threads(job["threads"])
     process = psutil.Process()
+    read = seconds_of_reading(job) if job["engine"] == "elastiq" else 0.0
     baseline = process.memory_info().rss
+    begin = time.perf_counter()
     if job["engine"] == "transformers":
         model: Any = AutoModelForCausalLM.from_pretrained(job["path"], dtype=torch.bfloat16).eval()
-        read = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
+        num_bytes = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
         head = model.get_output_embeddings().weight
-        read += head.nbytes if head is model.get_input_embeddings().weight else 0
-        result: dict[str, Any] = {"bytes_per_token": read, "bits_per_weight": 16.0}
+        num_bytes += head.nbytes if head is model.get_input_embeddings().weight else 0
+        result: dict[str, Any] = {"bytes_per_token": num_bytes, "bits_per_weight": 16.0}
     else:
         model = elastiq.load(job["path"], bits=widths(job), verify=False)
-        result = {"bytes_per_token": bytes_per_token(model), "bits_per_weight": bits_per_weight(model)}
+        result = {"load": time.perf_counter() - begin, "read": read}
+        result |= {"bytes_per_token": bytes_per_token(model), "bits_per_weight": bits_per_weight(model)}
     ids = torch.randint(0, model.config.vocab_size, (1, job["prompt"]), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        result["decode"] = job["tokens"] / seconds_of_decoding(model, ids[0, : job["tokens"] + 2])
+        cache = DynamicCache(config=model.config)
+        result["decode"] = job["tokens"] / seconds_of_decoding(model, ids[0, : job["tokens"] + 2], cache)
         result["resident"] = process.memory_info().rss - baseline
+        states = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+        result["held"] = bytes_in_memory(model) + sum(s.untyped_storage().nbytes() for s in states)
+        del cache, states
         model(ids[:, : job["prompt"] // 8], past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
         begin = time.perf_counter()
         model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
@@ -168,9 +178,19 @@ def widths(job: dict[str, Any]) -> dict[str, int]:
     return {name: outer.get(matrix.role) or job["bits"] for name, matrix in matrices.items()}
 
 
-def seconds_of_decoding(model: Any, ids: torch.Tensor) -> float:
+def seconds_of_reading(job: dict[str, Any]) -> float:
+    """The files that a model at these widths is loaded from, into memory; read once before, so from the file cache."""
+    last = max(widths(job).values())
+    files = [Path(job["path"]) / name for name in (BASE, *map(plane_file, range(1, last + 1)))]
+    for _ in range(2):
+        begin = time.perf_counter()
+        for file in files:
+            file.read_bytes()
+    return time.perf_counter() - begin
+
+
+def seconds_of_decoding(model: Any, ids: torch.Tensor, cache: DynamicCache) -> float:
     """All but the first two of `ids`, one by one, each followed by the choice of a token as greedy decoding does."""
-    cache = DynamicCache(config=model.config)
     for index, token in enumerate(ids):
         if index == 2:
             begin = time.perf_counter()

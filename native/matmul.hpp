@@ -57,12 +57,14 @@ struct MatmulFunctions {
   void (*product)(const Weight* weight, const Output* output, int count, const Input&, const Activations&, int threads);
   // Values [count, in_features] float32 or bfloat16 of some rows, or of all where `rows` is null; any group size.
   void (*decode)(const Weight&, const int64_t* rows, int64_t count, void* values, Dtype dtype, int threads);
+  // Plane [rows, row_bytes], bit k of byte j being input 8 * j + k, to tile order.
+  void (*tile)(const uint8_t* plane, int64_t rows, int64_t row_bytes, uint8_t* tiles, int threads);
 };
 
 extern const MatmulFunctions matmul_portable, matmul_avx2, matmul_vnni, matmul_gfni;
 
 // Many tokens on tile registers (AMX), as sums of bfloat16 products.
-constexpr int kPanel = 256;  // tokens that share one decoding of the weights
+constexpr int kPanel = 512;  // tokens that share one decoding of the weights
 struct Batch {
   int parts;         // 1: inputs and weights rounded to bfloat16; 2: each as a sum of two, error about 1e-5
   uint16_t* packed;  // batch_packed numbers, 64-byte aligned
@@ -70,9 +72,9 @@ struct Batch {
 };
 size_t batch_packed(const Weight& weight, int tokens, int parts);
 size_t batch_sums(int threads);
-void batch_product(const Weight* weight, const Output* output, int count, const Input&, const Batch&, int threads);
+void batch_product(const Weight&, const Output&, const Input&, const Batch&, int threads);
 
-// Plane [rows, row_bytes], bit k of byte j being input 8 * j + k, to tile order.
-void tile_plane(const uint8_t* plane, int64_t rows, int64_t row_bytes, uint8_t* tiles, int threads);
+// Scales [rows, groups] to [blocks, groups, 16].
+void tile_scale(const uint16_t* scale, int64_t rows, int64_t groups, uint16_t* tiled, int threads);
 
 }  // namespace elastiq

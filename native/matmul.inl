@@ -328,8 +328,51 @@ void decode(const Weight& w, const int64_t* rows, int64_t count, void* values, D
   }
 }
 
+// ---- tile order
+
+// Bits of even positions to the low half, of odd ones to the high half; the masks drop what the shifts bring in.
+ELASTIQ_INLINE vi unshuffle(vi x) {
+  vi t = (x ^ (x >> 1)) & 0x22222222;
+  x ^= t ^ (t << 1);
+  t = (x ^ (x >> 2)) & 0x0C0C0C0C;
+  x ^= t ^ (t << 2);
+  t = (x ^ (x >> 4)) & 0x00F000F0;
+  x ^= t ^ (t << 4);
+  t = (x ^ (x >> 8)) & 0x0000FF00;
+  return x ^ t ^ (t << 8);
+}
+
+void tile(const uint8_t* plane, int64_t rows, int64_t row_bytes, uint8_t* tiles, int threads) {
+  const int64_t blocks = (rows + kTileRows - 1) / kTileRows, words = (row_bytes + 3) / 4;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const uint8_t* from = plane + block * kTileRows * row_bytes;
+    const int64_t left = rows - block * kTileRows, n = left < kTileRows ? left : kTileRows;
+    for (int64_t word = 0; word < words; ++word) {
+      vi line{};
+      if (n == kTileRows && word < row_bytes / 4) {
+        ELASTIQ_UNROLL
+        for (int row = 0; row < kTileRows; ++row) {
+          int32_t four;
+          std::memcpy(&four, from + row * row_bytes + 4 * word, sizeof four);
+          line[row] = four;
+        }
+      } else {
+        for (int64_t row = 0; row < n; ++row) {
+          int32_t four = 0;
+          std::memcpy(&four, from + row * row_bytes + 4 * word, row_bytes - 4 * word < 4 ? row_bytes - 4 * word : 4);
+          line[row] = four;
+        }
+      }
+      // Bit 4 * j + i becomes bit 8 * i + j: the index turns by two places.
+      line = unshuffle(unshuffle(line));
+      std::memcpy(tiles + (block * words + word) * kTileBytes, &line, kTileBytes);
+    }
+  }
+}
+
 }  // namespace
 
-extern const MatmulFunctions ELASTIQ_TARGET{product, decode};
+extern const MatmulFunctions ELASTIQ_TARGET{product, decode, tile};
 
 }  // namespace elastiq

@@ -12,8 +12,8 @@ namespace {
 
 constexpr int kTokens = 16;              // of a tile register
 constexpr int kRegister = 16 * 32;       // bfloat16 numbers of a tile register
-constexpr int kChunk = 32;               // tiles of inputs whose right-hand sides are made at a time
-constexpr int kPartialBytes = 1 << 20;   // sums of one thread between chunks, within the second-level cache
+constexpr int kChunk = 8;                // tiles of inputs whose right-hand sides stay in the first-level cache
+constexpr int kPartialBytes = 1 << 19;   // sums of one thread between chunks, within the second-level cache
 
 void configure() {
   alignas(64) uint8_t config[64] = {};
@@ -35,24 +35,25 @@ ELASTIQ_INLINE __m512i pairs(vi first, vi second) {
   return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32((__m512i)first, 16), (__m512i)second);
 }
 
-// Sixteen tokens by 32 inputs, one register for each part: x rounded, and what the rounding left.
+// One token as a row of its registers, one register of 16 tokens by 32 inputs for each tile and part: x rounded, and
+// what the rounding left.
 template <int Parts>
-void pack(const Weight& w, const Input& x, int token, int tile, uint16_t* to) {
-  const int at = tile * kTileInputs, left = w.in_features - at, n = left < kTileInputs ? left : kTileInputs;
-  for (int row = 0; row < kTokens; ++row) {
+void pack(const Weight& w, const Input& x, int token, uint16_t* to) {
+  for (int tile = 0; tile < w.tiles; ++tile, to += Parts * kRegister) {
+    const int at = tile * kTileInputs, left = w.in_features - at, n = left < kTileInputs ? left : kTileInputs;
     vf v[2] = {};
-    if (token + row < x.tokens) {
-      const size_t from = size_t(token + row) * w.in_features + at;
+    if (token < x.tokens) {
+      const size_t from = size_t(token) * w.in_features + at;
       v[0] = load_some(x.values, x.dtype, from, n < kLanes ? n : kLanes);
       if (n > kLanes) v[1] = load_some(x.values, x.dtype, from + kLanes, n - kLanes);
     }
     const __m512i high = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
-    _mm512_storeu_si512(to + row * 32, high);
+    _mm512_storeu_si512(to, high);
     if (Parts == 2) {
       const __m512i first = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)), 16);
       const __m512i second = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1)), 16);
       const vf rest[2] = {v[0] - (vf)first, v[1] - (vf)second};
-      _mm512_storeu_si512(to + kRegister + row * 32, (__m512i)_mm512_cvtne2ps_pbh((__m512)rest[1], (__m512)rest[0]));
+      _mm512_storeu_si512(to + kRegister, (__m512i)_mm512_cvtne2ps_pbh((__m512)rest[1], (__m512)rest[0]));
     }
   }
 }
@@ -199,36 +200,41 @@ void panel_product(const Weight& w, const Output& out, const Input& x, const uin
       }
     }
   }
-  for (int b = block; b < block_end && b < w.blocks; ++b) {
-    const int row = b * kTileRows, left = w.out_features - row, n = left < kTileRows ? left : kTileRows;
+  // Both blocks of a pair together: in bfloat16 they are one line of memory.
+  for (int b = block; b < block_end; b += 2) {
+    const int row = b * kTileRows, left = w.out_features - row;
+    const int n = left < kTileRows ? left : kTileRows, more = left - n < kTileRows ? left - n : kTileRows;
     const vf bias = out.bias ? load_some(out.bias, x.dtype, row, n) : splat(0.0f);
-    const float* from = sums + (b - block) / 2 * pair_floats + (b - block) % 2 * 256;
-    for (int t = 0; t < registers * kTokens && first + t < x.tokens; ++t)
-      store_some(out.values, x.dtype, size_t(first + t) * w.out_features + row, n,
-                 load(from + t / 32 * 4 * 256 + t % 32 / 16 * 2 * 256 + t % 16 * 16) + bias);
+    const vf more_bias = out.bias && more ? load_some(out.bias, x.dtype, row + n, more) : splat(0.0f);
+    const float* pair = sums + (b - block) / 2 * pair_floats;
+    for (int t = 0; t < registers * kTokens && first + t < x.tokens; ++t) {
+      const float* from = pair + t / kTokens * 2 * 256 + t % kTokens * kLanes;
+      const size_t to = size_t(first + t) * w.out_features + row;
+      store_some(out.values, x.dtype, to, n, load(from) + bias);
+      if (more) store_some(out.values, x.dtype, to + n, more, load(from + 256) + more_bias);
+    }
   }
 }
 
 template <int Parts>
-void panels(const Weight* weight, const Output* output, int count, const Input& x, const Batch& batch, int threads) {
+void panels(const Weight& w, const Output& out, const Input& x, const Batch& batch, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num(), team = omp_get_num_threads();
     configure();
     for (int first = 0; first < x.tokens; first += kPanel) {
       const int left = x.tokens - first, registers = ((left < kPanel ? left : kPanel) + kTokens - 1) / kTokens;
-      const int64_t tiles = weight[0].tiles, parts = registers * tiles;
-      for (int64_t i = parts * thread / team; i < parts * (thread + 1) / team; ++i)
-        pack<Parts>(weight[0], x, first + int(i / tiles) * kTokens, int(i % tiles), batch.packed + i * Parts * kRegister);
+      const size_t next = size_t(w.tiles) * Parts * kRegister;
+      const int rows = registers * kTokens;
+      for (int t = rows * thread / team; t < rows * (thread + 1) / team; ++t)
+        pack<Parts>(w, x, first + t, batch.packed + t / kTokens * next + t % kTokens * 32);
 #pragma omp barrier
       float* sums = batch.sums + size_t(thread) * (kPartialBytes / sizeof(float));
       const int step = 2 * int(kPartialBytes / sizeof(float) / (size_t((registers + 1) / 2) * 4 * 256));
-      for (int m = 0; m < count; ++m) {
-        const int64_t blocks = (weight[m].blocks + 1) / 2;
-        const int begin = 2 * int(blocks * thread / team), end = 2 * int(blocks * (thread + 1) / team);
-        for (int b = begin; b < end; b += step)
-          panel_product<Parts>(weight[m], output[m], x, batch.packed, first, registers, b, b + step < end ? b + step : end, sums);
-      }
+      const int64_t pairs = (w.blocks + 1) / 2;
+      const int begin = 2 * int(pairs * thread / team), end = 2 * int(pairs * (thread + 1) / team);
+      for (int b = begin; b < end; b += step)
+        panel_product<Parts>(w, out, x, batch.packed, first, registers, b, b + step < end ? b + step : end, sums);
 #pragma omp barrier
     }
     _tile_release();
@@ -244,8 +250,8 @@ size_t batch_packed(const Weight& w, int tokens, int parts) {
   return size_t((panel + kTokens - 1) / kTokens) * w.tiles * parts * kRegister;
 }
 
-void batch_product(const Weight* weight, const Output* output, int count, const Input& x, const Batch& batch, int threads) {
-  (batch.parts == 2 ? panels<2> : panels<1>)(weight, output, count, x, batch, threads);
+void batch_product(const Weight& weight, const Output& output, const Input& x, const Batch& batch, int threads) {
+  (batch.parts == 2 ? panels<2> : panels<1>)(weight, output, x, batch, threads);
 }
 
 }  // namespace elastiq

@@ -138,43 +138,34 @@ T* scratch(std::vector<T>& memory, size_t size) {
   return pointer<T>((address + 63) / 64 * 64);
 }
 
-void product(const std::string& path, const nb::list& matrices, uintptr_t x, int dtype, int tokens, int digits, int threads) {
-  std::vector<Weight> weights;
-  std::vector<Output> outputs;
-  for (nb::handle row : matrices) {
-    const nb::tuple matrix = nb::cast<nb::tuple>(row);
-    weights.push_back(nb::cast<const Weight&>(matrix[0]));
-    outputs.push_back({pointer<void>(nb::cast<uintptr_t>(matrix[1])), pointer<const void>(nb::cast<uintptr_t>(matrix[2]))});
-    const Weight &w = weights.back(), &first = weights[0];
-    if (w.groups > 1 && w.group_size % kTileInputs) throw std::invalid_argument("groups must be multiples of 32 inputs");
-    if (w.in_features != first.in_features || w.group_size != first.group_size)
-      throw std::invalid_argument("matrices of one product need the same inputs and groups");
-  }
-  if (weights.empty() || tokens < 0 || digits < 0 || digits > 2 || dtype < kFloat32 || dtype > kFloat16 || threads < 1)
-    throw std::invalid_argument("a product needs matrices, tokens, a mode, a type and threads");
+void product(const Weight& w, const std::string& path, uintptr_t x, int dtype, int64_t tokens, uintptr_t y, uintptr_t bias,
+             int digits, int threads) {
+  if (w.groups > 1 && w.group_size % kTileInputs) throw std::invalid_argument("groups must be multiples of 32 inputs");
+  if (tokens < 0 || tokens > INT32_MAX || digits < 0 || digits > 2 || dtype < kFloat32 || dtype > kFloat16 || threads < 1)
+    throw std::invalid_argument("a product needs tokens, a mode, a type and threads");
   if (tokens == 0) return;
-  const Input input{pointer<const void>(x), Dtype(dtype), tokens};
+  const Input input{pointer<const void>(x), Dtype(dtype), int(tokens)};
+  const Output output{pointer<void>(y), pointer<const void>(bias)};
 #if defined(__x86_64__)
   const int parts = digits == 2 && dtype != kBfloat16 ? 2 : 1;
   // More tokens than these are worth a decoding of the weights for tile registers.
   if (path == "amx" && digits && tokens > (parts == 2 ? 16 : 8)) {
     thread_local std::vector<uint16_t> packed;
     thread_local std::vector<float> sums;
-    const Batch batch{parts, scratch(packed, batch_packed(weights[0], tokens, parts)), scratch(sums, batch_sums(threads))};
+    const Batch batch{parts, scratch(packed, batch_packed(w, int(tokens), parts)), scratch(sums, batch_sums(threads))};
     nb::gil_scoped_release release;
-    batch_product(weights.data(), outputs.data(), int(weights.size()), input, batch, threads);
+    batch_product(w, output, input, batch, threads);
     return;
   }
 #endif
   thread_local std::vector<int8_t> bytes;
   thread_local std::vector<float> floats, scale, sum;
-  const Weight& w = weights[0];
   const size_t inputs = size_t(w.tiles) * kTileInputs;
   const Activations activations{digits, scratch(bytes, digits * tokens * inputs), scratch(floats, digits ? 0 : tokens * inputs),
                                 scratch(scale, size_t(tokens) * w.groups * w.pieces()), scratch(sum, size_t(tokens) * w.groups)};
   const MatmulFunctions& f = matmul_functions(path);
   nb::gil_scoped_release release;
-  f.product(weights.data(), outputs.data(), int(weights.size()), input, activations, threads);
+  f.product(&w, &output, 1, input, activations, threads);
 }
 
 void decode(const std::string& path, const Weight& w, uintptr_t rows, int64_t count, uintptr_t values, int dtype, int threads) {
@@ -190,14 +181,21 @@ void decode(const std::string& path, const Weight& w, uintptr_t rows, int64_t co
 }  // namespace
 
 NB_MODULE(_native, m) {
-  nb::class_<Weight>(m, "Matrix").def("__init__", [](Weight* self, nb::handle description) { new (self) Weight(weight_of(description)); });
+  nb::class_<Weight>(m, "Matrix")
+      .def("__init__", [](Weight* self, nb::handle description) { new (self) Weight(weight_of(description)); })
+      .def("product", &product);
   bind_decoder(m);
-  m.def("product", &product);
   m.def("decode", &decode);
-  m.def("tile", [](uintptr_t plane, int64_t rows, int64_t row_bytes, uintptr_t tiles, int threads) {
+  m.def("tile", [](const std::string& path, uintptr_t plane, int64_t rows, int64_t row_bytes, uintptr_t tiles, int threads) {
     if (rows < 0 || row_bytes < 0 || threads < 1) throw std::invalid_argument("rows, bytes and threads are needed");
+    const MatmulFunctions& f = matmul_functions(path);
     nb::gil_scoped_release release;
-    tile_plane(pointer<const uint8_t>(plane), rows, row_bytes, pointer<uint8_t>(tiles), threads);
+    f.tile(pointer<const uint8_t>(plane), rows, row_bytes, pointer<uint8_t>(tiles), threads);
+  });
+  m.def("tile_scale", [](uintptr_t scale, int64_t rows, int64_t groups, uintptr_t tiled, int threads) {
+    if (rows < 0 || groups < 0 || threads < 1) throw std::invalid_argument("rows, groups and threads are needed");
+    nb::gil_scoped_release release;
+    tile_scale(pointer<const uint16_t>(scale), rows, groups, pointer<uint16_t>(tiled), threads);
   });
   m.def("paths", &paths, "Instruction sets this processor runs, the best first.");
   m.def("greedy", [](const std::string& path, const std::vector<int>& bits, const std::vector<float>& lambda, int beam,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import sys
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from random_checkpoint import random_weight
 from torch import Tensor
 
+import elastiq.kernels.matmul as kernels
 from elastiq.core import Codes, ElastiqError, QuantizedWeight
 from elastiq.kernels.matmul import (
     TiledWeight,
@@ -76,20 +79,22 @@ def relative(result: Tensor, expected: Tensor) -> float:
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 100)), experts=st.integers(0, 2), bits=st.integers(1, 8),
-    seed=st.integers(0, 99), compiled=st.booleans(),
+    seed=st.integers(0, 99), path=st.sampled_from(native.paths()),
 )  # fmt: skip
-def test_tile_order_and_back(shape: tuple[int, int], experts: int, bits: int, seed: int, compiled: bool) -> None:
+def test_tile_order_and_back(shape: tuple[int, int], experts: int, bits: int, seed: int, path: str) -> None:
     generator = torch.Generator().manual_seed(seed)
     lead = (experts,) if experts else ()
     codes = torch.randint(0, 2**bits, (*lead, *shape), generator=generator, dtype=torch.uint8)
-    native.use(None if compiled else "torch")
+    scale = torch.randn(*lead, shape[0], 3, generator=generator).half()
+    native.use(path)
     try:
         for plane in pack_planes(codes, bits):
             assert torch.equal(untile_plane(tile_plane(plane), *shape), plane)
+        tiles = tile_scale(scale)
     finally:
         native.use(None)
-    scale = torch.randn(*lead, shape[0], 3, generator=generator).half()
-    assert torch.equal(untile_scale(tile_scale(scale), shape[0]), scale)
+    assert torch.equal(untile_scale(tiles, shape[0]), scale)
+    assert not tiles.transpose(-1, -2).flatten(-3, -2)[..., shape[0] :, :].any()
 
 
 def test_a_bit_lies_where_the_layout_says() -> None:
@@ -247,21 +252,6 @@ def test_threads_change_no_bit(path: str, tokens: int, threads: None) -> None:
         native.use(None)
 
 
-@pytest.mark.parametrize("path", COMPILED)
-def test_matrices_that_share_an_input(path: str) -> None:
-    native.use(path)
-    try:
-        weights = [tiled(random_weight((rows, 128), seed=rows), bits) for rows, bits in ((40, 2), (16, 4), (7, 8))]
-        biases = [torch.randn(40), None, torch.randn(7)]
-        for tokens in (1, 6, 50):
-            x = activations_of(tokens, 128)
-            together = cpu.matmul_shared(path, x, weights, biases)
-            apart = [matmul(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-            assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
-    finally:
-        native.use(None)
-
-
 @pytest.mark.skipif(not COMPILED, reason="needs the compiled module")
 def test_what_does_not_fit_is_refused() -> None:
     tiles, x, path = tiled(random_weight((20, 128)), 4), activations_of(2, 128), COMPILED[0]
@@ -299,3 +289,24 @@ def test_an_operation_of_torch(path: str) -> None:
     torch.library.opcheck(product, (x, *weight[:3], None, *weight[3:], "int16"), test_utils=checks)
     torch.library.opcheck(values, (*weight[:3], torch.tensor([3]), *weight[3:], torch.float32), test_utils=checks)
     assert torch.equal(product(x, *weight[:3], None, *weight[3:], "int16"), matmul(x, weight))
+
+
+def test_operations_notice_what_changes(path: str) -> None:
+    """What an operation keeps of a matrix it was given never outlives the arrays, and follows where they lie."""
+    product, x = torch.ops.elastiq.matmul.default, activations_of(3, 128)
+    first, second = (tiled(random_weight((20, 128), seed=seed), 4) for seed in (0, 1))
+
+    def reads(weight: TiledWeight) -> bool:
+        return torch.equal(product(x, *weight[:3], None, *weight[3:], "int16"), matmul(x, weight))
+
+    assert reads(first) and reads(first)
+    assert reads(first._replace(scale=second.scale)) and reads(first._replace(planes=first.planes[:3]))
+    first.planes[0].copy_(second.planes[0])
+    assert reads(TiledWeight(*first))
+    first.planes[1].data = second.planes[1].clone()
+    assert reads(TiledWeight(*first))
+    plane = weakref.ref(first.planes[0])
+    keys = {id(weight.planes[0]) for weight in (first, second)}
+    del first, second
+    gc.collect()
+    assert plane() is None and not keys & kernels._seen.keys()

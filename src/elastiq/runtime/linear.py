@@ -26,7 +26,7 @@ class NestedLinear(NestedMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out] of x [..., in], in the dtype of x."""
-        return self.product(x, self.bias)
+        return self.product(x, self._parameters["bias"])
 
 
 class TiedHead(nn.Module):

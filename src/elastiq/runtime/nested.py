@@ -154,14 +154,14 @@ class NestedMatrix(nn.Module):
 
     def tiled(self) -> TiledWeight:
         """The matrix at `bits` as products read it; its arrays are those held here."""
-        buffers, held = cast(dict[str, Tensor], self._buffers), self._tiled
-        arrays = [buffers[name] for name in self._names]
+        buffers: Any = self._buffers
+        held = self._tiled
         if torch.compiler.is_compiling():
-            return self._describe(arrays)
+            return self._describe([buffers[name] for name in self._names])
         # Assigned state, shared memory and the like move planes without a word to this module.
-        addresses = list(map(Tensor.data_ptr, arrays))
+        addresses = [buffers[name].data_ptr() for name in self._names]
         if held is None or held[0] != addresses:
-            held = self._tiled = addresses, self._describe([array.detach() for array in arrays])
+            held = self._tiled = addresses, self._describe([buffers[name].detach() for name in self._names])
         return held[1]
 
     def _describe(self, arrays: list[Tensor]) -> TiledWeight:

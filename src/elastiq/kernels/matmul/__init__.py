@@ -6,6 +6,9 @@ where it can, else the readable twin.
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,7 +36,8 @@ def matmul(x: Tensor, weight: TiledWeight, bias: Tensor | None = None, activatio
     several microseconds.
     """
     if type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
-        return _matmul(x, weight, bias, activations)
+        path = cpu.path_for(x, x.dtype)
+        return reference.matmul(x, weight, bias) if path is None else cpu.matmul(path, x, weight, bias, activations)
     return torch.ops.elastiq.matmul.default(x, *weight[:3], bias, *weight[3:], activations)
 
 
@@ -42,16 +46,31 @@ def decode(weight: TiledWeight, rows: Tensor | None = None, dtype: torch.dtype =
     return torch.ops.elastiq.decode.default(*weight[:3], rows, *weight[3:], dtype)
 
 
-def _matmul(x: Tensor, weight: TiledWeight, bias: Tensor | None, activations: str) -> Tensor:
-    path = cpu.path_for(x, x.dtype)
-    return reference.matmul(x, weight, bias) if path is None else cpu.matmul(path, x, weight, bias, activations)
+_seen: dict[int, tuple[Any, tuple[int, ...], TiledWeight]] = {}
+"""The matrix that operations were last given with a first plane, by that plane's id, as long as the plane lives."""
+
+
+def _weight(planes: list[Tensor], scale: Tensor, zero_point: Tensor | None, *form: int) -> TiledWeight:
+    """The matrix of these arrays; one seen before, whose arrays lie where they lay, is not checked again."""
+    if not planes:
+        return TiledWeight(planes, scale, zero_point, *form)
+    first, key = planes[0], id(planes[0])
+    places = (*map(Tensor.data_ptr, planes), scale.data_ptr(), 0 if zero_point is None else zero_point.data_ptr())
+    held = _seen.get(key)
+    if held is None or held[0]() is not first or held[1] != (*places, *form):
+        # Detached: this keeps the memory, so that nothing else can come to lie there, and lets the tensors go.
+        zero_point = None if zero_point is None else zero_point.detach()
+        weight = TiledWeight([plane.detach() for plane in planes], scale.detach(), zero_point, *form)
+        _seen[key] = held = weakref.ref(first, lambda _: _seen.pop(key, None)), (*places, *form), weight
+    return held[2]
 
 
 def _matmul_op(x: Tensor, planes: list[Tensor], scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
                level: int, out_features: int, in_features: int, group_size: int,
                activations: str) -> Tensor:  # fmt: skip
-    weight = TiledWeight(planes, scale, zero_point, level, out_features, in_features, group_size)
-    return _matmul(x, weight, bias, activations)
+    path = cpu.path_for(x, x.dtype)
+    weight = _weight(planes, scale, zero_point, level, out_features, in_features, group_size)
+    return reference.matmul(x, weight, bias) if path is None else cpu.matmul(path, x, weight, bias, activations)
 
 
 def _decode_op(planes: list[Tensor], scale: Tensor, zero_point: Tensor | None, rows: Tensor | None, level: int,

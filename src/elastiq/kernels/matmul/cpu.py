@@ -6,8 +6,6 @@ Activations are fixed point per group ("int16": two bytes, relative error about 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -57,37 +55,26 @@ def matmul(
 
     A token with an activation that is not finite gives NaN everywhere. Raises ElastiqError if an array does not fit.
     """
-    return matmul_shared(path, x, [weight], [bias], activations)[0]
-
-
-def matmul_shared(
-    path: str, x: Tensor, weights: Sequence[TiledWeight], biases: Sequence[Tensor | None], activations: str = "int16"
-) -> list[Tensor]:
-    """One product for each of several matrices that read the same inputs in the same groups, in one call."""
-    digits, dtype = DIGITS.get(activations), DTYPES.get(x.dtype)
+    digits, dtype, shape = DIGITS.get(activations), DTYPES.get(x.dtype), x.shape
     if digits is None:
         raise ElastiqError(f"matmul: activations are {', '.join(DIGITS)}, not {activations!r}")
-    *lead, width = x.shape
-    if width != weights[0].in_features or dtype is None:
+    inputs = weight.in_features
+    if shape[-1] != inputs or dtype is None:
         raise ElastiqError(
-            f"matmul: x is {x.dtype} {list(x.shape)}; {weights[0].in_features} inputs in 16- or 32-bit floats are "
-            "needed"
+            f"matmul: x is {x.dtype} {list(shape)}; {inputs} inputs in 16- or 32-bit floats are needed"
         )
-    tokens = math.prod(lead)
-    if not weights[0].whole_tiles or (tokens > MAX_TOKENS and (path != "amx" or digits == 0)):
-        return [_decoded(path, x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    tokens = x.numel() // inputs
+    if not weight.whole_tiles or (tokens > MAX_TOKENS and (path != "amx" or digits == 0)):
+        return _decoded(path, x, weight, bias)
+    if bias is not None:
+        bias = _fitting(bias, weight, x.dtype)
     x = x.contiguous()
-    results, matrices = [], []
-    for weight, bias in zip(weights, biases, strict=True):
-        if bias is not None:
-            bias = _fitting(bias, weight, x.dtype)
-        result = x.new_empty((*lead, weight.out_features))
-        matrices.append((weight.handle, result.data_ptr(), 0 if bias is None else bias.data_ptr(), bias))
-        results.append(result)
-    native.module.product(  # type: ignore[union-attr]
-        path, matrices, x.data_ptr(), dtype, tokens, digits, torch.get_num_threads()
-    )
-    return results
+    result = x.new_empty((*shape[:-1], weight.out_features))
+    weight.handle.product(
+        path, x.data_ptr(), dtype, tokens, result.data_ptr(), 0 if bias is None else bias.data_ptr(), digits,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return result
 
 
 def _decoded(path: str, x: Tensor, weight: TiledWeight, bias: Tensor | None) -> Tensor:

@@ -24,13 +24,15 @@ def tile_plane(plane: Tensor) -> Tensor:
     tiled = torch.empty(
         *plane.shape[:-2], -(-rows // ROWS), -(-width // 4), ROWS, 4, dtype=torch.uint8, device=plane.device
     )
-    if native.module is None or native.current() == "torch" or plane.device.type != "cpu":
+    if native.module is None or native.current() == "torch" or not plane.is_cpu:
         words = F.pad(plane, (0, -width % 4, 0, -rows % ROWS)).contiguous().view(torch.int32)
         turned = _unshuffle(_unshuffle(words)).unflatten(-2, (-1, ROWS)).transpose(-1, -2)
         return tiled.copy_(turned.contiguous().view(torch.uint8).unflatten(-1, (ROWS, 4)))
     plane = plane.contiguous()
     for source, target in zip(plane.view(-1, rows, width), tiled.view(-1, *tiled.shape[-4:]), strict=True):
-        native.module.tile(source.data_ptr(), rows, width, target.data_ptr(), torch.get_num_threads())
+        native.module.tile(
+            native.current(), source.data_ptr(), rows, width, target.data_ptr(), torch.get_num_threads()
+        )
     return tiled
 
 
@@ -44,6 +46,12 @@ def untile_plane(tiled: Tensor, rows: int, inputs: int) -> Tensor:
 
 def tile_scale(scale: Tensor) -> Tensor:
     """[..., blocks, groups, 16] of scales or zero points [..., out, groups]; rows that only fill a block are zeros."""
+    rows, groups = scale.shape[-2:]
+    if native.module is not None and native.current() != "torch" and scale.is_cpu and scale.dtype == torch.float16:
+        scale, tiled = scale.contiguous(), scale.new_empty(*scale.shape[:-2], -(-rows // ROWS), groups, ROWS)
+        for source, target in zip(scale.view(-1, rows, groups), tiled.view(-1, *tiled.shape[-3:]), strict=True):
+            native.module.tile_scale(source.data_ptr(), rows, groups, target.data_ptr(), torch.get_num_threads())
+        return tiled
     padded = F.pad(scale, (0, 0, 0, -scale.shape[-2] % ROWS))
     return padded.unflatten(-2, (-1, ROWS)).transpose(-1, -2).contiguous()
 

@@ -36,7 +36,7 @@ class TiledWeight(_Fields):
     def bits(self) -> int:
         return len(self.planes)
 
-    @property
+    @cached_property
     def whole_tiles(self) -> bool:
         """Whether no tile crosses from one group to the next."""
         return self.group_size % INPUTS == 0 or self.group_size >= self.in_features
