@@ -63,13 +63,17 @@ struct MatmulFunctions {
 
 extern const MatmulFunctions matmul_portable, matmul_avx2, matmul_vnni, matmul_gfni;
 
-// Many tokens on tile registers (AMX), as sums of bfloat16 products.
+// Many tokens on tile registers (AMX).
 constexpr int kPanel = 512;  // tokens that share one decoding of the weights
 struct Batch {
-  int parts;         // 1: inputs and weights rounded to bfloat16; 2: each as a sum of two, error about 1e-5
+  int parts;         // 0: inputs in fixed point of 16 bits per piece, weights as codes; 1: both rounded to bfloat16;
+                     // 2: both as sums of two bfloat16 numbers, error about 1e-5
   uint16_t* packed;  // batch_packed numbers, 64-byte aligned
   float* sums;       // batch_sums numbers, 64-byte aligned
+  float* scale;      // [kPanel / 16, groups, pieces, 16] of 0 parts
+  float* sum;        // [kPanel / 16, groups, 16] of 0 parts
 };
+int batch_parts(const Weight& weight, Dtype dtype, int digits);
 size_t batch_packed(const Weight& weight, int tokens, int parts);
 size_t batch_sums(int threads);
 void batch_product(const Weight&, const Output&, const Input&, const Batch&, int threads);

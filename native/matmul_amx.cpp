@@ -1,243 +1,97 @@
-// Products with many tokens on the tile registers: planes become tiles of bfloat16 once per panel of tokens.
+// Products with many tokens on the tile registers: planes become right-hand tiles once per panel of tokens, either of
+// codes, which meet activations in fixed point of 16 bits (amx_codes.inl), or of values in bfloat16 (amx_values.inl).
 //
-// A tile register holds 16 rows of 64 bytes. Codes c[j] of planes.inl are inputs 4j..4j+3 of 16 output rows, so the
-// bfloat16 pairs (4j, 4j+1) and (4j+2, 4j+3) are rows 2j and 2j+1 of a right-hand tile as they come.
+// A tile register holds 16 rows of 64 bytes. Codes c[j] of planes.inl are inputs 4j..4j+3 of 16 output rows: row j of a
+// right-hand tile of bytes as they come; and the bfloat16 pairs (4j, 4j+1) and (4j+2, 4j+3) are rows 2j and 2j+1.
 #include <cstring>
 #include <omp.h>
+#include <vector>
 
-#include "planes.inl"
+#include "activations.inl"
 
 namespace elastiq {
 namespace {
 
 constexpr int kTokens = 16;              // of a tile register
 constexpr int kRegister = 16 * 32;       // bfloat16 numbers of a tile register
+constexpr int kFloats = 16 * 16;         // sums of a tile register
+constexpr int kLeastTiles = 4;           // of a group whose steps and scales are worth the time of adding its sums up
 constexpr int kChunk = 8;                // tiles of inputs whose right-hand sides stay in the first-level cache
 constexpr int kPartialBytes = 1 << 19;   // sums of one thread between chunks, within the second-level cache
 
-void configure() {
+// gcc 12 does not know that tile instructions read and write memory (of a configuration it knows eight bytes): stores
+// before one and loads behind it stay on their sides of this.
+ELASTIQ_INLINE void settle() { asm volatile("" ::: "memory"); }
+
+// Sums in registers 0 to 3, left-hand sides of `inputs` bytes a row in 4 and 5, right-hand sides in 6 and 7.
+void configure(int inputs) {
   alignas(64) uint8_t config[64] = {};
   config[0] = 1;
   for (int t = 0; t < 8; ++t) {
-    config[16 + 2 * t] = 64;
-    config[48 + t] = 16;
+    config[16 + 2 * t] = uint8_t(t == 4 || t == 5 ? inputs : 64);
+    config[48 + t] = uint8_t(t == 6 || t == 7 ? inputs / 4 : 16);
   }
-  // gcc 12 takes only eight bytes of the configuration for read and drops the stores of the others.
-  asm volatile("" ::: "memory");
+  settle();
   _tile_loadconfig(config);
 }
-
-ELASTIQ_INLINE vf to_high(vi rounded) { return from_bits(rounded & int32_t(0xFFFF0000)); }
-ELASTIQ_INLINE vi round_up(vf x) { return bits_of(x) + 0x8000; }  // its upper half is x as bfloat16
-
-// Upper halves of two vectors as pairs.
-ELASTIQ_INLINE __m512i pairs(vi first, vi second) {
-  return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32((__m512i)first, 16), (__m512i)second);
-}
-
-// One token as a row of its registers, one register of 16 tokens by 32 inputs for each tile and part: x rounded, and
-// what the rounding left.
-template <int Parts>
-void pack(const Weight& w, const Input& x, int token, uint16_t* to) {
-  for (int tile = 0; tile < w.tiles; ++tile, to += Parts * kRegister) {
-    const int at = tile * kTileInputs, left = w.in_features - at, n = left < kTileInputs ? left : kTileInputs;
-    vf v[2] = {};
-    if (token < x.tokens) {
-      const size_t from = size_t(token) * w.in_features + at;
-      v[0] = load_some(x.values, x.dtype, from, n < kLanes ? n : kLanes);
-      if (n > kLanes) v[1] = load_some(x.values, x.dtype, from + kLanes, n - kLanes);
-    }
-    const __m512i high = (__m512i)_mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
-    _mm512_storeu_si512(to, high);
-    if (Parts == 2) {
-      const __m512i first = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)), 16);
-      const __m512i second = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1)), 16);
-      const vf rest[2] = {v[0] - (vf)first, v[1] - (vf)second};
-      _mm512_storeu_si512(to + kRegister, (__m512i)_mm512_cvtne2ps_pbh((__m512)rest[1], (__m512)rest[0]));
-    }
-  }
-}
-
-// Values of one tile of weights, a register for each part.
-template <int R, int Parts>
-ELASTIQ_INLINE void values(const uint8_t* const* plane, size_t at, vf scale, vf shift, uint16_t* to) {
-  V c[8];
-  codes<R>(plane, at, c);
-  ELASTIQ_UNROLL
-  for (int j = 0; j < 8; ++j) {
-    // A code in bits 15 to 22 below the exponent of 256 is the float 256 + code.
-    const vi code = (vi)c[j];
-    const vi shifted[4] = {code << 15, code << 7, code >> 1, code >> 9};
-    vf value[4];
-    ELASTIQ_UNROLL
-    for (int i = 0; i < 4; ++i) value[i] = from_bits((shifted[i] & 0x007F8000) | 0x43800000) * scale + shift;
-    ELASTIQ_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const vi first = round_up(value[2 * half]), second = round_up(value[2 * half + 1]);
-      _mm512_store_si512(to + (2 * j + half) * 32, pairs(first, second));
-      if (Parts == 2) {
-        const vf low = value[2 * half] - to_high(first), high = value[2 * half + 1] - to_high(second);
-        _mm512_store_si512(to + kRegister + (2 * j + half) * 32, pairs(round_up(low), round_up(high)));
-      }
-    }
-  }
-}
-
-template <int R, int Parts>
-void chunk_values(const Weight& w, int block, int tile, int tile_end, uint16_t* to) {
-  const int group_tiles = w.group_tiles();
-  const uint8_t* plane[R];
-  ELASTIQ_UNROLL
-  for (int p = 0; p < R; ++p) plane[p] = w.plane[p] + size_t(block) * w.tiles * kTileBytes;
-  while (tile < tile_end) {
-    const int group = tile / group_tiles, next = (group + 1) * group_tiles, end = next < tile_end ? next : tile_end;
-    const size_t at = (size_t(block) * w.groups + group) * kTileRows;
-    const vf step = load_half(w.scale + at) * w.factor, zero = load_zero(w, at);
-    const vf scale = step * (1.0f / (1 << kSpare<R>));
-    const vf shift = -zero * step - 256.0f * scale;
-    for (; tile < end; ++tile, to += 2 * Parts * kRegister) values<R, Parts>(plane, size_t(tile) * kTileBytes, scale, shift, to);
-  }
-}
-
-typedef void (*ChunkValues)(const Weight&, int, int, int, uint16_t*);
-template <int Parts>
-constexpr ChunkValues kChunkValues[] = {chunk_values<1, Parts>, chunk_values<2, Parts>, chunk_values<3, Parts>,
-                                        chunk_values<4, Parts>, chunk_values<5, Parts>, chunk_values<6, Parts>,
-                                        chunk_values<7, Parts>, chunk_values<8, Parts>};
 
 // Lines of planes that the next decoding reads, brought near while the tile registers multiply.
 struct Ahead {
   const uint8_t* line[2 * kMaxBits];
-  int begin, end;  // of the lines that one pass over the inputs brings
+  int count, begin, end;
+
+  // The pair of blocks that comes next in these tiles, or the first one in the tiles that follow.
+  Ahead(const Weight& w, int block, int next, int block_end, int tile, int tile_end) {
+    const bool last = next >= block_end;
+    const int at = last ? block : next;
+    count = at + 1 < w.blocks ? 2 * w.bits : w.bits;
+    for (int p = 0; p < count; ++p)
+      line[p] = w.plane[p % w.bits] + (size_t(at + p / w.bits) * w.tiles + (last ? tile_end : tile)) * kTileBytes;
+  }
+
+  // Those that one of `passes` over the tokens brings.
+  void share(int pass, int passes) {
+    begin = count * pass / passes;
+    end = count * (pass + 1) / passes;
+  }
+  ELASTIQ_INLINE void fetch(int tile) const {
+    for (int p = begin; p < end; ++p) _mm_prefetch(line[p] + tile * kTileBytes, _MM_HINT_T1);
+  }
 };
 
-// Sums [A][2] registers += A registers of tokens times two of outputs, over `tiles` tiles of inputs.
-template <int A, int Parts>
-ELASTIQ_INLINE void multiply(const uint16_t* tokens, size_t next, const uint16_t* weights, int tiles, bool first,
-                     const Ahead& ahead, float* sums) {
-  constexpr int kFloats = 16 * 16;
-  if (first) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if (A == 2) _tile_zero(2);
-    if (A == 2) _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, 64);
-    _tile_loadd(1, sums + kFloats, 64);
-    if (A == 2) _tile_loadd(2, sums + 2 * kFloats, 64);
-    if (A == 2) _tile_loadd(3, sums + 3 * kFloats, 64);
-  }
-  for (int tile = 0; tile < tiles; ++tile, tokens += Parts * kRegister, weights += 2 * Parts * kRegister) {
-    for (int p = ahead.begin; p < ahead.end; ++p) _mm_prefetch(ahead.line[p] + tile * kTileBytes, _MM_HINT_T1);
-    _tile_loadd(4, tokens, 64);
-    if (A == 2) _tile_loadd(5, tokens + next, 64);
-    if (Parts == 2) {
-      _tile_loadd(6, weights + kRegister, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if (A == 2) _tile_dpbf16ps(2, 5, 6);
-      _tile_loadd(7, weights + 3 * kRegister, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      if (A == 2) _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_loadd(6, weights, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (A == 2) _tile_dpbf16ps(2, 5, 6);
-    _tile_loadd(7, weights + Parts * kRegister, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    if (A == 2) _tile_dpbf16ps(3, 5, 7);
-    if (Parts == 2) {
-      _tile_loadd(4, tokens + kRegister, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      if (A == 2) {
-        _tile_loadd(5, tokens + next + kRegister, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-  }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + kFloats, 64);
-  if (A == 2) _tile_stored(2, sums + 2 * kFloats, 64);
-  if (A == 2) _tile_stored(3, sums + 3 * kFloats, 64);
+template <int R>
+ELASTIQ_INLINE void lines(const Weight& w, int block, const uint8_t** plane) {
+  ELASTIQ_UNROLL
+  for (int p = 0; p < R; ++p) plane[p] = w.plane[p] + size_t(block) * w.tiles * kTileBytes;
 }
 
-// Rows of `pairs` of blocks from `block` on, for a panel of `tokens` packed tokens that begins at `first`.
-template <int Parts>
-void panel_product(const Weight& w, const Output& out, const Input& x, const uint16_t* packed, int first, int registers,
-                   int block, int block_end, float* sums) {
-  constexpr int kTiles = kChunk / Parts;
-  alignas(64) static thread_local uint16_t weights[kChunk * 2 * kRegister];
-  const size_t next = size_t(w.tiles) * Parts * kRegister;
-  const size_t pair_floats = size_t((registers + 1) / 2) * 4 * 256;
-  for (int tile = 0; tile < w.tiles; tile += kTiles) {
-    const int tiles = w.tiles - tile < kTiles ? w.tiles - tile : kTiles;
-    for (int b = block; b < block_end; b += 2) {
-      // The two blocks of a pair alternate, part by part.
-      for (int k = 0; k < 2; ++k) {
-        uint16_t* to = weights + k * Parts * kRegister;
-        if (b + k < w.blocks)
-          kChunkValues<Parts>[w.bits - 1](w, b + k, tile, tile + tiles, to);
-        else
-          for (int i = 0; i < tiles; ++i) std::memset(to + i * 2 * Parts * kRegister, 0, Parts * kRegister * sizeof *to);
-      }
-      float* pair = sums + (b - block) / 2 * pair_floats;
-      // The pair of blocks that comes next, or the first one of the next chunk.
-      const bool last = b + 2 >= block_end;
-      const int next_block = last ? block : b + 2, lines = next_block + 1 < w.blocks ? 2 * w.bits : w.bits;
-      Ahead ahead;
-      for (int p = 0; p < lines; ++p)
-        ahead.line[p] = w.plane[p % w.bits] +
-                        (size_t(next_block + p / w.bits) * w.tiles + tile + (last ? kTiles : 0)) * kTileBytes;
-      for (int r = 0; r < registers; r += 2) {
-        ahead.begin = lines * r / (registers + 1);
-        ahead.end = r + 2 >= registers ? lines : lines * (r + 2) / (registers + 1);
-        const uint16_t* tokens = packed + (size_t(r) * w.tiles + tile) * Parts * kRegister;
-        if (r + 1 < registers)
-          multiply<2, Parts>(tokens, next, weights, tiles, tile == 0, ahead, pair + r / 2 * 4 * 256);
-        else
-          multiply<1, Parts>(tokens, next, weights, tiles, tile == 0, ahead, pair + r / 2 * 4 * 256);
-      }
-    }
-  }
+// Tiles of inputs that one tile register of bytes holds: none crosses a group.
+int register_tiles(const Weight& w) { return w.tiles % 2 || w.group_tiles() % 2 ? 1 : 2; }
+
+}  // namespace
+}  // namespace elastiq
+
+#include "amx_codes.inl"
+#include "amx_values.inl"
+
+namespace elastiq {
+namespace {
+
+void write(const Weight& w, const Output& out, const Input& x, int first, int registers, int block, int block_end,
+           const float* sums) {
   // Both blocks of a pair together: in bfloat16 they are one line of memory.
   for (int b = block; b < block_end; b += 2) {
     const int row = b * kTileRows, left = w.out_features - row;
     const int n = left < kTileRows ? left : kTileRows, more = left - n < kTileRows ? left - n : kTileRows;
     const vf bias = out.bias ? load_some(out.bias, x.dtype, row, n) : splat(0.0f);
     const vf more_bias = out.bias && more ? load_some(out.bias, x.dtype, row + n, more) : splat(0.0f);
-    const float* pair = sums + (b - block) / 2 * pair_floats;
+    const float* pair = sums + size_t(b - block) * registers * kFloats;
     for (int t = 0; t < registers * kTokens && first + t < x.tokens; ++t) {
-      const float* from = pair + t / kTokens * 2 * 256 + t % kTokens * kLanes;
+      const float* from = pair + t / kTokens * 2 * kFloats + t % kTokens * kLanes;
       const size_t to = size_t(first + t) * w.out_features + row;
       store_some(out.values, x.dtype, to, n, load(from) + bias);
-      if (more) store_some(out.values, x.dtype, to + n, more, load(from + 256) + more_bias);
+      if (more) store_some(out.values, x.dtype, to + n, more, load(from + kFloats) + more_bias);
     }
-  }
-}
-
-template <int Parts>
-void panels(const Weight& w, const Output& out, const Input& x, const Batch& batch, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-    configure();
-    for (int first = 0; first < x.tokens; first += kPanel) {
-      const int left = x.tokens - first, registers = ((left < kPanel ? left : kPanel) + kTokens - 1) / kTokens;
-      const size_t next = size_t(w.tiles) * Parts * kRegister;
-      const int rows = registers * kTokens;
-      for (int t = rows * thread / team; t < rows * (thread + 1) / team; ++t)
-        pack<Parts>(w, x, first + t, batch.packed + t / kTokens * next + t % kTokens * 32);
-#pragma omp barrier
-      float* sums = batch.sums + size_t(thread) * (kPartialBytes / sizeof(float));
-      const int step = 2 * int(kPartialBytes / sizeof(float) / (size_t((registers + 1) / 2) * 4 * 256));
-      const int64_t pairs = (w.blocks + 1) / 2;
-      const int begin = 2 * int(pairs * thread / team), end = 2 * int(pairs * (thread + 1) / team);
-      for (int b = begin; b < end; b += step)
-        panel_product<Parts>(w, out, x, batch.packed, first, registers, b, b + step < end ? b + step : end, sums);
-#pragma omp barrier
-    }
-    _tile_release();
   }
 }
 
@@ -245,13 +99,40 @@ void panels(const Weight& w, const Output& out, const Input& x, const Batch& bat
 
 size_t batch_sums(int threads) { return size_t(threads) * (kPartialBytes / sizeof(float)); }
 
-size_t batch_packed(const Weight& w, int tokens, int parts) {
-  const int panel = tokens < kPanel ? tokens : kPanel;
-  return size_t((panel + kTokens - 1) / kTokens) * w.tiles * parts * kRegister;
+int batch_parts(const Weight& w, Dtype dtype, int digits) {
+  if (digits == 1 || dtype == kBfloat16) return 1;
+  return w.group_tiles() >= kLeastTiles ? 0 : 2;
 }
 
-void batch_product(const Weight& weight, const Output& output, const Input& x, const Batch& batch, int threads) {
-  (batch.parts == 2 ? panels<2> : panels<1>)(weight, output, x, batch, threads);
+size_t batch_packed(const Weight& w, int tokens, int parts) {
+  const int panel = tokens < kPanel ? tokens : kPanel;
+  return size_t((panel + kTokens - 1) / kTokens) * w.tiles * (parts == 2 ? 2 : 1) * kRegister;
+}
+
+void batch_product(const Weight& w, const Output& out, const Input& x, const Batch& batch, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    configure(batch.parts == 0 ? register_tiles(w) * kTileInputs : 64);
+    for (int first = 0; first < x.tokens; first += kPanel) {
+      const int left = x.tokens - first, registers = ((left < kPanel ? left : kPanel) + kTokens - 1) / kTokens;
+      const int rows = registers * kTokens;
+      for (int t = rows * thread / team; t < rows * (thread + 1) / team; ++t)
+        (batch.parts == 0 ? pack_fixed : batch.parts == 1 ? pack<1> : pack<2>)(w, x, first + t, t, batch);
+#pragma omp barrier
+      float* sums = batch.sums + size_t(thread) * (kPartialBytes / sizeof(float));
+      const int step = 2 * int(kPartialBytes / sizeof(float) / (size_t(registers) * 2 * kFloats));
+      const int64_t pairs = (w.blocks + 1) / 2;
+      const int begin = 2 * int(pairs * thread / team), end = 2 * int(pairs * (thread + 1) / team);
+      for (int b = begin; b < end; b += step) {
+        const int some = b + step < end ? b + step : end;
+        (batch.parts == 0 ? codes_product : batch.parts == 1 ? values_product<1> : values_product<2>)(w, batch, registers, b, some, sums);
+        write(w, out, x, first, registers, b, some, sums);
+      }
+#pragma omp barrier
+    }
+    _tile_release();
+  }
 }
 
 }  // namespace elastiq

@@ -74,10 +74,10 @@ Weight weight_of(nb::handle description) {
 namespace {
 
 #if defined(__x86_64__) && defined(__linux__)
-// Whether the processor has tile registers for bfloat16, and the kernel lets this process use them.
+// Whether the processor has tile registers for bfloat16 and bytes, and the kernel lets this process use them.
 bool has_amx() {
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -147,12 +147,14 @@ void product(const Weight& w, const std::string& path, uintptr_t x, int dtype, i
   const Input input{pointer<const void>(x), Dtype(dtype), int(tokens)};
   const Output output{pointer<void>(y), pointer<const void>(bias)};
 #if defined(__x86_64__)
-  const int parts = digits == 2 && dtype != kBfloat16 ? 2 : 1;
+  const int parts = batch_parts(w, Dtype(dtype), digits);
   // More tokens than these are worth a decoding of the weights for tile registers.
   if (path == "amx" && digits && tokens > (parts == 2 ? 16 : 8)) {
     thread_local std::vector<uint16_t> packed;
-    thread_local std::vector<float> sums;
-    const Batch batch{parts, scratch(packed, batch_packed(w, int(tokens), parts)), scratch(sums, batch_sums(threads))};
+    thread_local std::vector<float> sums, scale, sum;
+    const size_t columns = parts == 0 ? size_t(w.groups) * kPanel : 0;
+    const Batch batch{parts, scratch(packed, batch_packed(w, int(tokens), parts)), scratch(sums, batch_sums(threads)),
+                      scratch(scale, columns * w.pieces()), scratch(sum, columns)};
     nb::gil_scoped_release release;
     batch_product(w, output, input, batch, threads);
     return;
