@@ -19,6 +19,7 @@ from elastiq import ElastiqError, embedded
 from elastiq.checkpoint import CheckpointReader
 from elastiq.checkpoint.bit_stream import pack_stream, unpack_stream
 from elastiq.checkpoint.export_compressed import compressed_dense
+from elastiq.checkpoint.export_gguf import _prepends_space
 from elastiq.checkpoint.export_integer import refit
 from elastiq.checkpoint.view import GridCodes, View
 from elastiq.cli import app
@@ -68,7 +69,7 @@ def test_hf_is_an_ordinary_model(checkpoint: Callable[..., Path], tmp_path: Path
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("abc")["input_ids"]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gpt2"])
 def test_gguf_of_each_family(checkpoint: Callable[..., Path], tmp_path: Path, family: str) -> None:
     """Q4_1 holds codes of four bits as they are, so the logits differ by the rounding of an offset only."""
     pytest.importorskip("gguf", reason="gguf is not installed")
@@ -79,7 +80,8 @@ def test_gguf_of_each_family(checkpoint: Callable[..., Path], tmp_path: Path, fa
 def test_gguf_as_transformers_reads_it(checkpoint: Callable[..., Path], tmp_path: Path, family: str) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed")
     export(checkpoint(family), tmp_path / "model.gguf", GGUF("Q4_1"), 4)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    unsaid = {"query_pre_attn_scalar": 16} if family == "gemma2" else {}  # of the size of a head, but transformers: 256
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32, **unsaid)
     assert difference(logits(model), logits(elastiq.load(checkpoint(family), 4))) < 5e-3
 
 
@@ -113,6 +115,29 @@ def test_gguf_carries_the_tokenizer(tmp_path: Path) -> None:
     text = "To be, or not:  42!\n\nThe Düne's end."
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == own(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.eos_token == own.eos_token
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prepends"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend"}, {"type": "Replace"}]}}, True),
+        ({"normalizer": {"type": "Replace"}, "pre_tokenizer": {"type": "Split"}}, False),
+        ({"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "first"}}, True),
+        ({"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "never"}}, False),
+    ],
+)
+def test_gguf_knows_whether_a_text_begins_with_a_space(tokenizer: dict[str, object], prepends: bool) -> None:
+    assert _prepends_space(tokenizer) == prepends
+
+
+def test_gguf_refuses_queries_scaled_otherwise(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    settings = {"query_pre_attn_scalar": 256}
+    make_model("gemma2", tmp_path / "source", **settings)
+    write_random(build_model("gemma2", **settings), tmp_path / "source", tmp_path / "nested")
+    with pytest.raises(ElastiqError, match=r"scaled for 256 channels, and llama\.cpp would scale them for 16; export"):
+        export(tmp_path / "nested", tmp_path / "out", GGUF("Q4_1"), 4)
+    assert not (tmp_path / "out").exists()
 
 
 def canonical_stream(words: torch.Tensor, bits: int, count: int) -> list[int]:
@@ -282,7 +307,7 @@ def test_nothing_half_written(
 @pytest.mark.parametrize(
     ("family", "target", "message"),
     [
-        ("qwen3_moe", GGUF(), "the architecture 'qwen3_moe' cannot be written; known: gemma2, gpt2, llama"),
+        ("qwen3_moe", GGUF(), "the architecture 'qwen3_moe' cannot be written; known: gemma, gemma2, gemma3_text, "),
         ("llama", GGUF("Q9_Z"), "unknown type Q9_Z; known: Q8_0"),
         ("gpt2", GPTQDirectory(), "c_attn is no ordinary linear layer; export to hf or gguf"),
     ],

@@ -28,13 +28,14 @@ _LLAMA = {
     "vocab_size": VOCAB,
     "tie_word_embeddings": False,
 }
-_GEMMA = {**_LLAMA, "head_dim": 16, "sliding_window": 8, "tie_word_embeddings": True}
+_GEMMA = {**_LLAMA, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "tie_word_embeddings": True}
 _EXPERTS = {"num_experts_per_tok": 2}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": {**_LLAMA, "head_dim": 16},
     "mistral": {**_LLAMA, "sliding_window": 8},
+    "gemma": {**_LLAMA, "head_dim": 16, "tie_word_embeddings": True},
     "gemma2": _GEMMA,
     "gemma3": {
         **_GEMMA,

@@ -209,6 +209,7 @@ def _add_tokenizer(writer: Any, view: View) -> None:
         tokens[added["id"]], kinds[added["id"]] = added["content"], special
     if model.get("byte_fallback"):
         _add_sentencepiece(writer, model, tokens, kinds)
+        writer.add_add_space_prefix(_prepends_space(data))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_splitting(data.get("pre_tokenizer")))
@@ -234,6 +235,16 @@ def _add_sentencepiece(writer: Any, model: Mapping[str, Any], tokens: list[str],
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_scores(scores)
+
+
+def _prepends_space(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether a text begins with the mark of a space of its own: Llama's does, Gemma's does not."""
+    normalizer = tokenizer.get("normalizer") or {}
+    parts = [normalizer, *normalizer.get("normalizers", ()), tokenizer.get("pre_tokenizer") or {}]
+    return any(
+        part.get("type") == "Prepend" or (part.get("type") == "Metaspace" and part.get("prepend_scheme") != "never")
+        for part in parts
+    )
 
 
 def _splitting(pre_tokenizer: object) -> str:

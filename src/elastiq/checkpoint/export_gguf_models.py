@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from ..core import ElastiqError
 
@@ -108,7 +109,13 @@ def _llama(writer: Any, config: Config) -> None:
     writer.add_rope_dimension_count(_head_dim(config))
 
 
+def _gemma(writer: Any, config: Config) -> None:
+    _decoder(writer, _complete(config))
+
+
 def _gemma2(writer: Any, config: Config) -> None:
+    config = _complete(config)
+    _check_query_scale(config, 46)
     _decoder(writer, config)
     for key, add in (
         ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
@@ -117,6 +124,36 @@ def _gemma2(writer: Any, config: Config) -> None:
     ):
         if config.get(key) is not None:
             add(config[key])
+
+
+def _gemma3(writer: Any, config: Config) -> None:
+    config = _complete(config)
+    _check_query_scale(config, 62)
+    if config.get("attn_logit_softcapping") is not None or config.get("use_bidirectional_attention"):
+        raise ElastiqError("gguf: a Gemma 3 with capped or bidirectional attention cannot be written; export to hf")
+    _decoder(writer, config)
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    writer.add_rope_freq_base_swa(float(config["rope_parameters"]["sliding_attention"]["rope_theta"]))
+    if config.get("final_logit_softcapping") is not None:
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+
+
+def _complete(config: Config) -> Config:
+    """config.json with what transformers takes where it is silent."""
+    full: dict[str, Any] = AutoConfig.for_model(**config).to_dict()
+    return full
+
+
+def _check_query_scale(config: Config, largest: int) -> None:
+    """llama.cpp scales queries by the size of a head, and in the family's `largest` model by its share of the width."""
+    by_width = config["num_hidden_layers"] == largest
+    expected = config["hidden_size"] // config["num_attention_heads"] if by_width else _head_dim(config)
+    if config["query_pre_attn_scalar"] != expected:
+        raise ElastiqError(
+            f"gguf: queries are scaled for {config['query_pre_attn_scalar']} channels, and llama.cpp would scale them "
+            f"for {expected}; export to hf"
+        )
 
 
 def _gpt2(writer: Any, config: Config) -> None:
@@ -135,7 +172,9 @@ _FAMILIES = {
     "mistral": Family("llama", _llama, rotated=True),
     "qwen2": Family("qwen2", _decoder),
     "qwen3": Family("qwen3", _decoder),
+    "gemma": Family("gemma", _gemma, shifted_norms=True),
     "gemma2": Family("gemma2", _gemma2, shifted_norms=True),
+    "gemma3_text": Family("gemma3", _gemma3, shifted_norms=True),
     "gpt2": Family("gpt2", _gpt2),
 }
 
