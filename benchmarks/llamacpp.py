@@ -4,7 +4,8 @@
     python benchmarks/llamacpp.py NESTED --programs DIR --text FILE --model MODEL --calibration FILE   # beside its own
 
 DIR holds llama-perplexity, llama-completion, llama-quantize and llama-imatrix. The protocol: windows of 512 tokens, the
-last 255 predictions of each count. "here" is what torch makes of the file's tensors as the package gguf decodes them.
+last 255 predictions of each count. "here" is what torch makes of the file's tensors as the package gguf decodes them,
+with exact inputs and with inputs of every matrix rounded to eight bits, as llama.cpp's products on a CPU round them.
 With --model, llama.cpp quantizes that 16-bit model to the same type (decoder matrices; the embedding stays 16 bits),
 without and with an importance matrix of 32 windows of the calibration text.
 """
@@ -17,6 +18,7 @@ import math
 import re
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,22 @@ def here(model: PreTrainedModel, ids: torch.Tensor) -> float:
         logits = model(input_ids=window[None], use_cache=False).logits[0, first:-1].float()
         total += float(torch.nn.functional.cross_entropy(logits, window[first + 1 :], reduction="sum"))
     return math.exp(total / (len(ids) * (WINDOW - first - 1)))
+
+
+def round_inputs(model: PreTrainedModel, file: Path, view: View) -> None:
+    """From now on every matrix sees its input in eight bits and blocks of its type, as in llama.cpp's CPU products."""
+    ours = {theirs: name for name, theirs in _names(view, family_of(view.config)).items()}
+    for tensor in gguf.GGUFReader(file).tensors:
+        name = ours.get(tensor.name)
+        if name in view.matrices and view.matrices[name].role in ("linear", "conv1d"):
+            block = 256 if tensor.tensor_type.name.endswith("_K") else 32
+            model.get_submodule(name).register_forward_pre_hook(partial(_rounded, block))
+
+
+def _rounded(block: int, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    blocks = inputs[0].unflatten(-1, (-1, block))
+    step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
+    return ((blocks / step).round().mul(step).flatten(-2), *inputs[1:])
 
 
 def read_windows(nested: Path, text: Path, chunks: int) -> torch.Tensor:
@@ -136,7 +154,11 @@ def main() -> None:
             row = {"type": kind, "bits": TYPES[kind], "bits_per_weight": round(summary.bits_per_weight, 3)}
             row |= {"ours": there(args.programs, file, args.text, len(windows))}
             row |= {"continued": continued(args.programs, file, PROMPT)}
-            row |= {"ours_here": here(target.open(file, View(view.reader, TYPES[kind])), windows)}
+            same = View(view.reader, TYPES[kind])
+            model = target.open(file, same)
+            row |= {"ours_here": here(model, windows)}
+            round_inputs(model, file, same)
+            row |= {"ours_here_8bit_inputs": here(model, windows)}
             file.unlink()
             for key, importance in (("theirs", []), ("theirs_imatrix", ["--imatrix", room / "imatrix.gguf"])):
                 if args.model:

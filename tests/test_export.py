@@ -93,6 +93,18 @@ def test_gguf_k_types(checkpoint: Callable[..., Path], tmp_path: Path, bits: int
     assert summary.logits < most
 
 
+@pytest.mark.parametrize(("bits", "kind", "source"), [(3, "Q3_K", 8), (4, "Q4_K", 4), (4, "Q4_0", 8), (4, "Q8_0", 4),
+                                                      (5, "Q5_K", 8), (7, "Q8_0", 8)])  # fmt: skip
+def test_gguf_fits_types_to_the_level_that_serves_them(
+    checkpoint: Callable[..., Path], tmp_path: Path, bits: int, kind: str, source: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own where the type holds its codes, the widest for types without minima and widths between the levels."""
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    monkeypatch.setattr("elastiq.export.MOST_DIFFERENT", 5.0)  # a random model's levels are unrelated
+    summary = export(checkpoint(wide=True), tmp_path / "model.gguf", GGUF(kind), bits)
+    assert summary.worst["stored_as"] == kind and summary.worst["source_bits"] == source
+
+
 def test_gguf_of_a_map_mixes_types(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
     widths = dict.fromkeys(elastiq.checkpoint.CheckpointReader(checkpoint(wide=True)).manifest.matrices, 4)

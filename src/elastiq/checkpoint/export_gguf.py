@@ -38,7 +38,8 @@ class GGUF(Target, name="gguf"):
 
     Types with minima (Q2_K, Q4_K, Q5_K, Q4_1, Q5_1) hold the codes of the level asked for on refitted scales. The
     others have no zero points, so that no code of ours survives: they are fitted to the values of the widest level, and
-    to those of the level itself where they have more bits than it.
+    to those of the level itself where they have more bits than it. A width between two levels has no scales of its own
+    and is fitted to the widest level too.
 
     type: one of `BLOCK_TYPES` for every quantized matrix, None to choose by its width. exact: refuse to store a matrix
     in a way that changes what it says.
@@ -125,7 +126,10 @@ class GGUF(Target, name="gguf"):
 
     def _matrix(self, view: View, name: str, kind: BlockType, family: Family) -> tuple[np.ndarray, ExportedMatrix]:
         own = view.codes(name)
-        codes = own if kind.affine or kind.bits > own.bits else view.codes(name, view.reader.available[-1])
+        levels = view.matrices[name].levels
+        between = own.bits > levels[0] and own.bits not in levels
+        fits = (kind.affine or kind.bits > own.bits) and not between
+        codes = own if fits else view.codes(name, view.reader.available[-1])
         scale, offset = _runs(codes, kind)
         values = family.adapt(f"{name}.weight", codes.dense(), view.config)
         if scale is not None and offset is not None:
