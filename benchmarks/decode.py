@@ -161,13 +161,12 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         states = [states for layer in cache.layers for states in (layer.keys, layer.values)]
         result["held"] = bytes_in_memory(model) + sum(s.untyped_storage().nbytes() for s in states)
         del cache, states
-        model(ids[:, : job["prompt"] // 8], past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
-        begin = time.perf_counter()
-        model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
-        result["prefill"] = job["prompt"] / (time.perf_counter() - begin)
+        result["prefill"] = job["prompt"] / seconds_of_prefill(model, ids)
         result["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if job["check"] and job["engine"] == "elastiq":
             result["logit_error"] = check_logits(model, ids[:, :8])
+        if job["engine"] == "elastiq":
+            result["prefill_bfloat16"] = job["prompt"] / seconds_of_prefill(model.to(torch.bfloat16), ids)
     return result
 
 
@@ -195,6 +194,14 @@ def seconds_of_decoding(model: Any, ids: torch.Tensor, cache: DynamicCache) -> f
         if index == 2:
             begin = time.perf_counter()
         int(model(token.view(1, 1), past_key_values=cache).logits[0, -1].argmax())
+    return time.perf_counter() - begin
+
+
+def seconds_of_prefill(model: Any, ids: torch.Tensor) -> float:
+    """All of `ids` [1, tokens] in one pass, after one over a few of them."""
+    model(ids[:, : ids.shape[1] // 8], past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+    begin = time.perf_counter()
+    model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
     return time.perf_counter() - begin
 
 

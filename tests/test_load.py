@@ -153,7 +153,8 @@ def test_set_bits(checkpoint: Callable[..., Any], caplog: pytest.LogCaptureFixtu
         assert bits_per_weight(model) == 7.0
         set_bits(model, 5)
         set_bits(model, 6)
-        assert len(caplog.records) == 1
+        assert len(caplog.records) == 2
+        assert "5 bits have no scales of their own and borrow those of 4" in caplog.records[1].getMessage()
     name = "model.layers.1.mlp.down_proj"
     set_bits(model, {name: 8})
     assert {n: m.bits for n, m in matrices.items()} == {**dict.fromkeys(matrices, 6), name: 8}

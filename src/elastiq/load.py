@@ -201,6 +201,11 @@ def _rearrange(model: nn.Module, matrices: dict[str, NestedMatrix], widths: Mapp
 
 
 def _widths(reader: CheckpointReader, matrices: Mapping[str, NestedMatrix], bits: Widths) -> dict[str, Width]:
+    if isinstance(bits, int) and len(reader.levels) > 1 and reader.levels[0] < bits and bits not in reader.levels:
+        log.warning(
+            "%d bits have no scales of their own and borrow those of %d, which may be better; %s have their own",
+            bits, max(level for level in reader.levels if level < bits), ", ".join(map(str, reader.levels)),
+        )  # fmt: skip
     widths = map_widths(reader, bits) if not isinstance(bits, int) else dict[str, Width](dict.fromkeys(matrices, bits))
     for name, width in widths.items():
         reader.require_for(name, width)
