@@ -63,8 +63,9 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 # A failing build would leave a package without compiled code.
 $(SANITIZED)/installed: $(VENV)/installed
 	@echo "Setting up $(SANITIZED): elastiq"
-	@$(PIP) install . --no-deps --upgrade --target $(SANITIZED) -C build-dir=build/sanitized -C cmake.build-type=Sanitize \
-		-C "cmake.define.CMAKE_CXX_FLAGS_SANITIZE=-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+	@$(PIP) install . --no-deps --upgrade --target $(SANITIZED) \
+		--config-settings build-dir=build/sanitized --config-settings cmake.build-type=Sanitize \
+		--config-settings "cmake.define.CMAKE_CXX_FLAGS_SANITIZE=-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 	@ls $(SANITIZED)/elastiq/linalg/_native*.so >/dev/null
 	@touch $@
 
