@@ -7,7 +7,6 @@ where it can, else the readable twin.
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,22 +45,23 @@ def decode(weight: TiledWeight, rows: Tensor | None = None, dtype: torch.dtype =
     return torch.ops.elastiq.decode.default(*weight[:3], rows, *weight[3:], dtype)
 
 
-_seen: dict[int, tuple[Any, tuple[int, ...], TiledWeight]] = {}
+_seen: dict[int, tuple[tuple[weakref.ref[Tensor], ...], tuple[int, ...], TiledWeight]] = {}
 """The matrix that operations were last given with a first plane, by that plane's id, as long as the plane lives."""
 
 
 def _weight(planes: list[Tensor], scale: Tensor, zero_point: Tensor | None, *form: int) -> TiledWeight:
-    """The matrix of these arrays; one seen before, whose arrays lie where they lay, is not checked again."""
+    """The matrix of these arrays; of the very arrays seen before, lying where they lay, it is not checked again."""
     if not planes:
         return TiledWeight(planes, scale, zero_point, *form)
-    first, key = planes[0], id(planes[0])
-    places = (*map(Tensor.data_ptr, planes), scale.data_ptr(), 0 if zero_point is None else zero_point.data_ptr())
+    arrays = (*planes, scale) if zero_point is None else (*planes, scale, zero_point)
+    key, places = id(planes[0]), (*map(Tensor.data_ptr, arrays), *form)
     held = _seen.get(key)
-    if held is None or held[0]() is not first or held[1] != (*places, *form):
+    if held is None or held[1] != places or any(r() is not a for r, a in zip(held[0], arrays, strict=True)):
         # Detached: this keeps the memory, so that nothing else can come to lie there, and lets the tensors go.
         zero_point = None if zero_point is None else zero_point.detach()
         weight = TiledWeight([plane.detach() for plane in planes], scale.detach(), zero_point, *form)
-        _seen[key] = held = weakref.ref(first, lambda _: _seen.pop(key, None)), (*places, *form), weight
+        first = weakref.ref(planes[0], lambda _: _seen.pop(key, None))
+        _seen[key] = held = (first, *map(weakref.ref, arrays[1:])), places, weight
     return held[2]
 
 
