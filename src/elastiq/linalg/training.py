@@ -100,15 +100,6 @@ class MovingCodes:
         return with_scales(replace(self._codes, codes=self.codes()), self._scales.values())
 
 
-def moving(
-    terms: Mapping[str, Codes], levels: Sequence[int], reach: float
-) -> tuple[dict[str, MovingCodes], list[list[Tensor]]]:
-    """Every matrix with codes that may move, and what is trained in groups: the moves, then each level's scales."""
-    parts = {name: MovingCodes(codes, levels, reach) for name, codes in terms.items()}
-    scales = [[change for part in parts.values() for change in part.trained[level]] for level in levels]
-    return parts, [[part.moves for part in parts.values()], *scales]
-
-
 def with_scales(codes: Codes, trained: Iterable[Scales]) -> Codes:
     """`codes` with these scales in the place of its grid's."""
     scale, zero_point = codes.grid.scale.clone(), codes.grid.zero_point.clone()
@@ -327,6 +318,31 @@ class JointTuner(Tuner):
     def rates(self, levels: Sequence[int]) -> list[float]:
         """Of the codes, then of each level's scales."""
         return [self.rate, *(self.scale_rate * self.falloff ** (level - 2) for level in levels)]
+
+
+@dataclass(frozen=True)
+class MovingTuner(JointTuner):
+    """A `JointTuner` of `MovingCodes`, by the steps of `descent`.
+
+    reach: how far a weight may move, in cells. rate: of the moves, in cells. taught: as in `Course.run`.
+    """
+
+    descent: ClassVar[type[Descent]]
+    taught: ClassVar[bool] = False
+
+    reach: float = 0.5
+
+    def tune(
+        self, objective: Objective, terms: Mapping[str, Codes], levels: Sequence[int], journal: Journal
+    ) -> Tuned:
+        parts = {name: MovingCodes(codes, levels, self.reach) for name, codes in terms.items()}
+        groups = [[part.moves for part in parts.values()]]
+        groups += [[change for part in parts.values() for change in part.trained[level]] for level in levels]
+        before, after = self.course.run(
+            objective, levels, lambda level: lambda name: parts[name].decode(level),
+            self.descent(groups, journal.load()), self.rates(levels), journal, taught=self.taught,
+        )  # fmt: skip
+        return kept_if_better(terms, parts, before, after)
 
 
 def _half(x: Tensor) -> Tensor:

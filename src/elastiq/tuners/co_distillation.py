@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core import Codes, Journal, Objective, Tuned
-from ..linalg.training import Adam, JointTuner, kept_if_better, moving
+from ..linalg.training import Adam, Descent, MovingTuner
 
 
 @dataclass(frozen=True)
-class CoDistillation(JointTuner, name="co-distillation"):
+class CoDistillation(MovingTuner, name="co-distillation"):
     """Trains codes and scales of all levels at once, every level against the full model and against the top level.
 
     MatQuant (2502.06786), section 3, equation 7 and its co-distillation: the loss is a sum over the levels that the
@@ -19,23 +17,13 @@ class CoDistillation(JointTuner, name="co-distillation"):
     the loss of a level is a distance (relative to what it was before) and not the text's, and codes start from the
     solver's: a weight keeps its code until it has moved to another cell of the lowest level.
 
-    By Adam. reach: how far a weight may move, in cells. rate: of the moves, in cells. Everything else as in
-    `JointTuner`.
+    By Adam. Parameters as in `MovingTuner`.
     """
 
     resources: ClassVar[tuple[str, ...]] = ("gradients", "memory of the whole model, four times in float32")
+    descent: ClassVar[type[Descent]] = Adam
+    taught: ClassVar[bool] = True
 
     steps: int = 40
     batch: int = 1
     scale_rate: float = 2e-3
-    reach: float = 0.5
-
-    def tune(
-        self, objective: Objective, terms: Mapping[str, Codes], levels: Sequence[int], journal: Journal
-    ) -> Tuned:
-        parts, groups = moving(terms, levels, self.reach)
-        before, after = self.course.run(
-            objective, levels, lambda level: lambda name: parts[name].decode(level),
-            Adam(groups, journal.load()), self.rates(levels), journal, taught=True,
-        )  # fmt: skip
-        return kept_if_better(terms, parts, before, after)
