@@ -23,7 +23,8 @@ from elastiq.calibrate import BlockStream
 from elastiq.checkpoint import CheckpointReader
 from elastiq.load import bits_per_weight
 from elastiq.models import ModelSource, build_skeleton, discover
-from elastiq.quantize import plan, quantize
+from elastiq.planning import plan
+from elastiq.quantize import quantize
 
 quantize_module = sys.modules["elastiq.quantize"]  # the package's name of the same spelling is the function
 IDS = torch.randint(1, 250, (8, 32), generator=torch.Generator().manual_seed(0))

@@ -20,7 +20,8 @@ from elastiq.calibrate import calibration_ids, tuning_ids
 from elastiq.checkpoint import CheckpointReader
 from elastiq.evaluate import load_tokenizer
 from elastiq.models import ModelSource, build_skeleton, discover, load_module
-from elastiq.quantize import plan, quantize
+from elastiq.planning import plan
+from elastiq.quantize import quantize
 from elastiq.tuners import CoDistillation, ScaleTuning
 
 IDS = torch.randint(1, 250, (8, 32), generator=torch.Generator().manual_seed(0))

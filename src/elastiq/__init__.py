@@ -15,7 +15,8 @@ from .core import ElastiqError, LevelMap, Recipe
 from .generate import generate
 from .huggingface import ElastiqConfig
 from .load import load, set_bits
-from .quantize import plan, quantize
+from .planning import plan
+from .quantize import quantize
 
 __version__ = version("elastiq")
 __all__ = [

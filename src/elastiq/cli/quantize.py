@@ -11,7 +11,8 @@ import typer
 from .. import recipes
 from ..evaluate import inspect_checkpoint, inspect_model
 from ..export import TARGETS
-from ..quantize import plan, quantize
+from ..planning import plan
+from ..quantize import quantize
 from ..rehearse import rehearse
 from ..report.terminal import (
     comma,

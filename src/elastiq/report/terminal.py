@@ -15,7 +15,8 @@ from ..allocate import Allocation, Frontier, Measurement
 from ..core import width_counts
 from ..evaluate import kind, mean_error, megabytes, short_kinds
 from ..export import ExportSummary
-from ..quantize import Plan, Summary
+from ..planning import Plan
+from ..quantize import Summary
 from ..rehearse import Rehearsal
 
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
