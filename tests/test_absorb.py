@@ -10,7 +10,7 @@ import torch
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
-from elastiq import ElastiqError, Recipe, load, quantize, recipes
+from elastiq import Recipe, load, quantize, recipes
 from elastiq.absorb import absorb
 from elastiq.calibrate import BlockStream
 from elastiq.checkpoint import CheckpointReader
@@ -22,7 +22,6 @@ from elastiq.runtime import nested_matrices
 from elastiq.solvers import RoundToNearest
 from elastiq.terms import Diagonal, Hadamard
 from elastiq.transforms import ActivationAware, SmoothQuant
-from elastiq.tuners import ScaleTuning
 
 IDS = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(0))
 EXPECTED = {
@@ -102,8 +101,3 @@ def test_what_is_wholly_absorbed_is_exported_like_any_other(tmp_path: Path) -> N
     quantize(tmp_path / "full", tmp_path / "out", recipes.awq(group_size=32), IDS)
     assert not any(m.stored.parts for m in nested_matrices(load(tmp_path / "out")).values())
     export(tmp_path / "out", tmp_path / "gptq", GPTQDirectory(), 4)
-
-
-def test_a_tuner_and_a_transform_are_refused() -> None:
-    with pytest.raises(ElastiqError, match="a tuner works on nested integer codes alone; leave out its transforms"):
-        Recipe(Integer(), RoundToNearest(), tuner=ScaleTuning(), transforms=(SmoothQuant(),))

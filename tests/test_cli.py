@@ -299,6 +299,18 @@ def test_sensitivity_and_measured_allocation(
     assert run("allocate", output, "--bits", 3, "--verify").exit_code == 2
 
 
+def test_a_recipe_printed_changed_and_used(model: Path, text_file: Path, tmp_path: Path) -> None:
+    mine = json.loads(ok("recipes", "rtn").stdout)
+    mine["transforms"] = [{"name": "hadamard"}]
+    (tmp_path / "mine.json").write_text(json.dumps(mine))
+    few = ["--recipe", tmp_path / "mine.json", "--num-samples", 2, "--seq-len", 32, "--calibration", text_file]
+    ok("quantize", model, "-o", tmp_path / "out", *few)
+    assert "transform: QuaRot" in ok("cite", tmp_path / "out").stdout
+    assert "recipe 'magic' does not exist" in run("recipes", "magic").stderr
+    both = run("quantize", model, "-o", tmp_path / "b", *few, "--group-size", 32, "--embeddings")
+    assert both.exit_code == 2 and "leave out --group-size, --embeddings" in " ".join(both.stderr.split())
+
+
 def test_a_tuned_recipe(model: Path, text_file: Path, tmp_path: Path) -> None:
     options = ["--recipe", "nested-tuned", *QUICK[2:], "--calibration", text_file, "--tuning-text", text_file]
     assert "quantizing takes about" in ok("quantize", model, "-o", tmp_path / "out", *options, "--dry-run").stdout
@@ -307,4 +319,6 @@ def test_a_tuned_recipe(model: Path, text_file: Path, tmp_path: Path) -> None:
     assert set(json.loads((tmp_path / "q.json").read_text())["tuning"]) == {"2", "4"}
     page = Path(ok("report", tmp_path / "out").stdout.strip()).read_text(encoding="utf-8")
     assert "--recipe nested-tuned" in page and "scales" in page
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"--calibration {text_file.name} --tuning-text {text_file.name} --num-samples 2 --seq-len 32" in card
     assert "tuner: EfficientQAT, arXiv:2407.11062" in ok("cite", tmp_path / "out").stdout

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 import elastiq
 from elastiq import ElastiqError, embedded
-from elastiq.checkpoint import CheckpointReader
+from elastiq.checkpoint import CheckpointReader, export_integer
 from elastiq.checkpoint.bit_stream import pack_stream, unpack_stream
 from elastiq.checkpoint.export_compressed import compressed_dense
 from elastiq.checkpoint.export_gguf import _prepends_space
-from elastiq.checkpoint.export_integer import refit
+from elastiq.checkpoint.export_integer import IntegerTarget, refit
 from elastiq.checkpoint.view import GridCodes, View
 from elastiq.cli import app
 from elastiq.export import GGUF, TARGETS, AWQDirectory, CompressedTensors, GPTQDirectory, HuggingFace, export
@@ -295,6 +295,18 @@ def test_exact_is_kept_or_refused(checkpoint: Callable[..., Path], tmp_path: Pat
     with pytest.raises(ElastiqError, match=r"at 4 bits is not held exactly by Q8_0 .*leave --exact out"):
         export(checkpoint(), tmp_path / "model.gguf", GGUF("Q8_0", exact=True), 4)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "target", [GPTQDirectory(), AWQDirectory(), CompressedTensors(), CompressedTensors(asymmetric=True)], ids=repr
+)
+def test_every_matrix_is_fitted_once(
+    checkpoint: Callable[..., Path], tmp_path: Path, target: IntegerTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = []
+    monkeypatch.setattr(export_integer, "refit", lambda *args: fitted.append(refit(*args)) or fitted[-1])
+    export(checkpoint(), tmp_path / "out", target, 4)
+    assert len(fitted) == len(CheckpointReader(checkpoint()).manifest.matrices)
 
 
 @pytest.mark.parametrize("target", TARGETS)

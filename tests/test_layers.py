@@ -15,12 +15,12 @@ LAYERS = {
     "core": 0, "linalg": 0, "terms": 0,
     "formats": 1, "transforms": 1, "splits": 1, "compensators": 1,
     "kernels": 1, "solvers": 1, "tuners": 1, "sensitivity": 1, "allocators": 1,
-    "runtime": 2,
+    "runtime": 2, "recipes": 2,
     "models": 3, "checkpoint": 3,
     "embedded": 4, "calibrate": 4, "load": 4, "huggingface": 4, "quantize": 4, "absorb": 4, "evaluate": 4, "report": 4,
     "tune": 4, "allocate": 4, "measure": 4, "methods": 4, "generate": 4, "export": 4, "importing": 4, "rehearse": 4,
     "hub": 4, "planning": 4, "vllm": 4,
-    "recipes": 5, "cli": 5, "__init__": 5,
+    "cli": 5, "__init__": 5,
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 

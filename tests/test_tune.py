@@ -18,10 +18,15 @@ from elastiq import ElastiqError, recipes, tune
 from elastiq.allocate import Budget, allocate
 from elastiq.calibrate import calibration_ids, tuning_ids
 from elastiq.checkpoint import CheckpointReader
+from elastiq.compensators import LowRankError
+from elastiq.core import Transform
 from elastiq.evaluate import load_tokenizer
 from elastiq.models import ModelSource, build_skeleton, discover, load_module
 from elastiq.planning import plan
 from elastiq.quantize import quantize
+from elastiq.runtime import nested_matrices
+from elastiq.splits import SensitiveWeights
+from elastiq.transforms import ActivationAware, RandomHadamard
 from elastiq.tuners import CoDistillation, ScaleTuning
 
 IDS = torch.randint(1, 250, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -117,6 +122,38 @@ def test_codes_and_scales_together(case: str, tiny_model: Callable[[str], Path],
         quantize(source, tmp_path / "out", recipe, TEXT, tuning=TEXT, dtype=torch.float32, progress=progress)
     quantize(source, tmp_path / "out", recipe, TEXT, tuning=TEXT, dtype=torch.float32)
     assert digests(tmp_path / "out") == after
+
+
+@pytest.mark.parametrize("transform", [ActivationAware(), RandomHadamard()], ids=lambda step: step.name)
+@pytest.mark.parametrize("slot", ["tuner", "block_tuner"])
+def test_behind_folds_and_beside_other_terms(
+    slot: str, transform: Transform, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Folds that the block before has taken over, folds that have stayed, single weights and a low rank."""
+    source, tuner = tiny_model("llama"), ScaleTuning(steps=12, batch=4, rate=2e-2, holdout=4)
+    untuned = replace(UNTUNED, transforms=(transform,), splits=(SensitiveWeights(),), compensators=(LowRankError(2),))
+    quantize(source, tmp_path / "before", untuned, TEXT)
+    quantize(source, tmp_path / "after", replace(untuned, **{slot: tuner}), TEXT, tuning=TEXT, dtype=torch.float32)
+    matrices = nested_matrices(elastiq.load(tmp_path / "after")).values()
+    kinds = {part.kind for matrix in matrices for part in matrix.stored.parts}
+    assert {"sparse", "low-rank"} <= kinds and (transform.name == "awq") == ("hadamard" not in kinds)
+    assert divergence(tmp_path / "after", source, 2) < 0.97 * divergence(tmp_path / "before", source, 2)
+    before, after = digests(tmp_path / "before"), digests(tmp_path / "after")
+    assert before["base.safetensors"] == after["base.safetensors"]
+    for plane in range(1, 5):
+        name = f"plane-{plane}.safetensors"
+        old, new = load_file(tmp_path / "before" / name), load_file(tmp_path / "after" / name)
+        changed = {key for key in old if not torch.equal(old[key], new[key])}
+        assert old.keys() == new.keys() and all("scale_" in key or "zero_point_" in key for key in changed)
+
+
+@pytest.mark.parametrize("slot", ["tuner", "block_tuner"])
+def test_what_is_no_codes_is_refused_at_the_first_matrix(
+    slot: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = replace(recipes.nf4(), **{slot: ScaleTuning()})
+    with pytest.raises(ElastiqError, match=r"model.layers.0.*q_proj: a tuner works on nested integer codes; choose"):
+        quantize(tiny_model("llama"), tmp_path / "out", recipe, IDS, tuning=TEXT)
 
 
 def test_blocks_computed_again_give_the_same_gradients(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

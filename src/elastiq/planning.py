@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from .core import Recipe, Site
-from .formats import Integer
 from .models import Layout, ModelSource, build_skeleton, discover
-from .solvers import Nested
+from .recipes import nested
 from .tune import estimate
 
 STATES_IN_MEMORY = 2**30
 """Bytes of hidden states beyond which they go to a file."""
-DEFAULT_RECIPE = Recipe(Integer(), Nested())
+DEFAULT_RECIPE = nested()
 PROCESS_BYTES = 450_000_000
 """Resident size of the process before it has read anything."""
 

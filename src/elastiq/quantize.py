@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 
 from .absorb import Absorbed, absorb
-from .calibrate import BlockStream, calibration_ids, tuning_ids
+from .calibrate import BlockStream, calibration_ids, file_names, tuning_ids
 from .checkpoint import CheckpointReader, CheckpointWriter, is_finished
 from .checkpoint.sizes import level_sizes
 from .core import Codes, ElastiqError, Fold, QuantizedWeight, Recipe, SideTerm, Site, Stats, Tuner
 from .evaluate import mean_error, write_card
 from .importing import ordinary
 from .linalg import native
+from .linalg.training import codes_of
 from .models import Layout, ModelSource, build_skeleton, discover, free_module, load_module
 from .planning import DEFAULT_RECIPE, STATES_IN_MEMORY, plan_of
 from .solvers import RoundToNearest
-from .tune import Forgetful, arithmetic, codes_of, tune
+from .tune import Forgetful, arithmetic, tune
 
 log = logging.getLogger("elastiq")
 
@@ -149,6 +150,7 @@ def _quantize(
                 run.embeddings(skeleton, source)
         info: dict[str, Any] = {
             "model": source.path.resolve().name,
+            "calibration": file_names(calibration),
             "windows": len(ids),
             "seq_len": ids.shape[1],
             "skipped": layout.skipped,
@@ -157,7 +159,7 @@ def _quantize(
         if recipe.tuner is not None and trained is not None:
             sites = layout.sites + (layout.outer if recipe.embeddings else ())
             tuned = tune(writer, source, layout, sites, recipe.levels, recipe.tuner, trained, dtype, device, report)
-            info["tuning"] = {"windows": len(trained), "loss": tuned}
+            info["tuning"] = {"texts": file_names(tuning), "windows": len(trained), "loss": tuned}
         report("writing the checkpoint", 0, 1)
         writer.finish(_base(source, layout, recipe), source.path, _config(source), recipe, info)
     write_card(output)
@@ -211,7 +213,7 @@ class _Run:
         block_energy: float | None = None,
     ) -> None:
         solved: dict[Site, QuantizedWeight] = {}
-        rows = []
+        given, rows = [], []
         folds = self._folds(sites, weights, statistics)
         block = sites[0].block
         absorbed = absorb(self.stream, block, sites, folds) if folds and block != -1 else Absorbed()
@@ -223,26 +225,28 @@ class _Run:
             if site.input_id in absorbed.inputs:
                 weight, stats, left = left[0].into(weight), left[0].stats(stats), left[1:]
             solved[site], row = quantize_matrix(site, weight, stats, self.recipe, block_energy, left)
+            given.append((weight, stats))
             rows.append(row)
         self.report(f"solving {unit}", len(sites), len(sites))
-        if self.recipe.block_tuner is not None and sites[0].block >= 0:
-            self._tune(self.recipe.block_tuner, unit, solved)
-            for site, row in zip(sites, rows, strict=True):
-                set_errors(row, weights[site.name], solved[site], statistics[site.name])
         beside = {name: self.stream.parameter(block, name) * factor for name, factor in absorbed.factors.items()}
+        if self.recipe.block_tuner is not None and block != -1:
+            self._tune(self.recipe.block_tuner, unit, solved, beside)
+            for site, row, (weight, stats) in zip(sites, rows, given, strict=True):
+                set_errors(row, weight, solved[site], stats)
         self.writer.write_unit(unit, solved, rows, beside)
 
-    def _tune(self, tuner: Tuner, unit: str, solved: dict[Site, QuantizedWeight]) -> None:
-        """Replace the codes and scales of a block by what `tuner` makes of them."""
-        codes = {site.name: codes_of(site.name, weight, "cpu") for site, weight in solved.items()}
+    def _tune(
+        self, tuner: Tuner, unit: str, solved: dict[Site, QuantizedWeight], beside: Mapping[str, Tensor]
+    ) -> None:
+        """Replace the codes and scales of a block by what `tuner` makes of them. beside: what else of it is new."""
+        block = self.stream.block
+        weights: Mapping[str, QuantizedWeight] = {site.name: weight for site, weight in solved.items()}
         for levels in tuner.groups(self.recipe.levels):
-            windows = len(self.stream.objective(self.stream.block, lambda done: None))
-            calls = tuner.calls(windows, levels)
+            calls = tuner.calls(len(self.stream.objective(block, beside, lambda done: None)), levels)
             called = partial(self._report_tuning, f"tuning {unit} at {', '.join(map(str, levels))} bits", calls)
-            tuned = tuner.tune(self.stream.objective(self.stream.block, called), codes, levels, Forgetful())
-            codes = dict(tuned.terms)
+            weights = tuner.tune(self.stream.objective(block, beside, called), weights, levels, Forgetful()).weights
             called(calls)
-        solved |= {site: QuantizedWeight((codes[site.name],)) for site in solved}
+        solved |= {site: weights[site.name] for site in solved}
 
     def _report_tuning(self, what: str, calls: int, done: int) -> None:
         self.report(what, done, calls)
@@ -302,6 +306,8 @@ def quantize_matrix(
             log.warning("%s: %s", site.name, fallback)
     try:
         quantized = _solve(weight, stats, recipe, folds)
+        if recipe.tuner is not None or recipe.block_tuner is not None:
+            codes_of(quantized)
     except ElastiqError as error:
         raise ElastiqError(f"{site.name}: {error}") from error
     if site.role == "expert" and quantized.shift(recipe.levels[0]) is not None:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from .calibrate import by_parameter, parameter
 from .checkpoint import CheckpointWriter
 from .checkpoint.tensors import tensor_bytes, write_tensors
-from .core import Codes, ElastiqError, QuantizedWeight, Site, Tuner
+from .core import Codes, ElastiqError, QuantizedWeight, SideTerm, Site, Tuner
 from .linalg.training import Weights
 from .models import Layout, ModelSource, build_skeleton, free_parameter, load_module
 
@@ -64,15 +64,15 @@ def tune(
             writer.write_side_file("answers", lambda path: _write_answers(path, model, ids, exact, device, report))
         for name in by_parameter(sites):
             free_parameter(model, name)
-        terms = _terms(writer, device)
+        weights = _weights(writer, model, device)
         for group in todo:
             calls = tuner.calls(len(ids), group)
             called = partial(_report_call, report, group, calls)
             kept = layout.blocks if tuner.joint else ()
             dtype = arithmetic(device, wanted, group)
             objective = TextObjective(model, sites, ids, answers, dtype, device, called, kept)
-            tuned = tuner.tune(objective, terms, group, FileJournal(writer, f"state-{group[0]}-{group[-1]}"))
-            by_site = {site: tuned.terms[site.name] for site in sites}
+            tuned = tuner.tune(objective, weights, group, FileJournal(writer, f"state-{group[0]}-{group[-1]}"))
+            by_site = {site: tuned.weights[site.name] for site in sites}
             facts = {level: {"before": tuned.before[level], "after": tuned.after[level]} for level in group}
             writer.write_tuned(facts, by_site, codes=tuner.joint)
             called(calls)
@@ -294,16 +294,23 @@ def _load(
         load_module(model, name, source, dtype if name in owners else torch.float32, device, recurse=False)
 
 
-def codes_of(name: str, weight: QuantizedWeight, device: torch.device | str) -> Codes:
-    """The codes of matrix `name`. Raises ElastiqError if it is made of anything else."""
-    codes = weight.terms[0]
-    if len(weight.terms) != 1 or weight.folds or not isinstance(codes, Codes):
-        raise ElastiqError(f"{name}: a tuner works on nested integer codes alone; choose another format or solver")
+@torch.no_grad()
+def _weights(
+    writer: CheckpointWriter, model: PreTrainedModel, device: torch.device | str
+) -> dict[str, QuantizedWeight]:
+    """Every finished matrix by site name; `model` gets what is to stand beside them."""
+    found: dict[str, QuantizedWeight] = {}
+    for unit in sorted(writer.finished()):
+        found |= {name: _moved(weight, device) for name, weight in writer.read_unit(unit).items()}
+        for name, values in writer.read_beside(unit).items():
+            model.get_parameter(name).copy_(values)
+    return found
+
+
+def _moved(weight: QuantizedWeight, device: torch.device | str) -> QuantizedWeight:
+    """The matrix with its arrays on `device`."""
+    codes, *sides = weight.terms
+    assert isinstance(codes, Codes) and all(isinstance(side, SideTerm) for side in sides)
     grid = replace(codes.grid, scale=codes.grid.scale.to(device), zero_point=codes.grid.zero_point.to(device))
-    return Codes(codes.codes.to(device), grid)
-
-
-def _terms(writer: CheckpointWriter, device: torch.device | str) -> dict[str, Codes]:
-    """The finished codes of every matrix by site name."""
-    units = (writer.read_unit(unit) for unit in sorted(writer.finished()))
-    return {name: codes_of(name, weight, device) for unit in units for name, weight in unit.items()}
+    terms = (Codes(codes.codes.to(device), grid), *(side.to(device) for side in cast(list[SideTerm], sides)))
+    return QuantizedWeight(terms, tuple(fold.to(device) for fold in weight.folds))

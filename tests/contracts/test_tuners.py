@@ -9,9 +9,10 @@ import torch
 from contracts.data import weight_and_stats
 from torch import Tensor
 
-from elastiq.core import Codes, ElastiqError, Stats, Step, Tuner, step_from_dict, to_half
+from elastiq.core import Codes, ElastiqError, QuantizedWeight, Stats, Step, Tuner, step_from_dict, to_half
 from elastiq.formats import Integer
 from elastiq.solvers import RoundToNearest
+from elastiq.terms import Diagonal, Hadamard, LowRank, Sparse
 from elastiq.tuners import CoDistillation, GumbelChoice, ScaleTuning, SignRound
 
 CASES: list[Tuner] = [
@@ -57,12 +58,14 @@ class TwoLayers:
     def answer(self, weight: Callable[[str], Tensor], x: Tensor) -> Tensor:
         return (x @ weight("a").T).relu() @ weight("b").T
 
-    def loss_of(self, terms: Mapping[str, Codes], level: int) -> float:
-        return float(self.loss(lambda name: terms[name].dense(level), range(len(self))))
+    def loss_of(self, weights: Mapping[str, QuantizedWeight], level: int) -> float:
+        return float(self.loss(lambda name: weights[name].dequantize(level), range(len(self))))
 
-    def left_of(self, terms: Mapping[str, Codes], before: Mapping[str, Codes], levels: Sequence[int]) -> float:
+    def left_of(
+        self, weights: Mapping[str, QuantizedWeight], before: Mapping[str, QuantizedWeight], levels: Sequence[int]
+    ) -> float:
         """Mean over the levels of what is left of the loss."""
-        return sum(self.loss_of(terms, level) / self.loss_of(before, level) for level in levels) / len(levels)
+        return sum(self.loss_of(weights, level) / self.loss_of(before, level) for level in levels) / len(levels)
 
 
 class Memory:
@@ -82,31 +85,63 @@ class Memory:
             raise KeyboardInterrupt
 
 
-def rounded(model: TwoLayers, format: Integer) -> dict[str, Codes]:
-    terms = {}
+def rounded(model: TwoLayers, format: Integer) -> dict[str, QuantizedWeight]:
+    return {
+        name: QuantizedWeight(RoundToNearest().solve(weight, format, Stats())) for name, weight in model.weights.items()
+    }
+
+
+def dressed(model: TwoLayers, format: Integer) -> dict[str, QuantizedWeight]:
+    """Codes behind two folds, beside single weights and a low rank that belongs to one level."""
+    found = {}
     for name, weight in model.weights.items():
-        (codes,) = RoundToNearest().solve(weight, format, Stats())
+        width = weight.shape[1]
+        generator = torch.Generator().manual_seed(width)
+        folds = (
+            Diagonal.of(torch.rand(width, generator=generator) + 0.5),
+            Hadamard.of(torch.rand(width, generator=generator) < 0.5),
+        )
+        inside = folds[1].into(folds[0].into(weight))
+        apart = inside.abs() > inside.abs().quantile(0.98)
+        (codes,) = RoundToNearest().solve(inside.masked_fill(apart, 0), format, Stats())
+        left, right = 0.01 * torch.randn(len(weight), 2), torch.randn(2, width)
+        sides = (Sparse.at(apart, inside[apart].half()), LowRank(left.half(), right.half(), format.levels[0]))
+        found[name] = QuantizedWeight((codes, *sides), folds)
+    return found
+
+
+def codes_of(weights: Mapping[str, QuantizedWeight]) -> dict[str, Codes]:
+    found = {}
+    for name, weight in weights.items():
+        codes = weight.terms[0]
         assert isinstance(codes, Codes)
-        terms[name] = codes
-    return terms
+        found[name] = codes
+    return found
 
 
 @pytest.mark.parametrize("tuner", CASES, ids=str)
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_contract(tuner: Tuner, format: Integer) -> None:
+@pytest.mark.parametrize(
+    ("format", "made"), [*((format, rounded) for format in FORMATS), (FORMATS[0], dressed)], ids=str
+)
+def test_contract(
+    tuner: Tuner, format: Integer, made: Callable[[TwoLayers, Integer], dict[str, QuantizedWeight]]
+) -> None:
     model = TwoLayers()
-    terms = rounded(model, format)
+    weights = made(model, format)
+    terms = codes_of(weights)
     copies = {name: (t.codes.clone(), t.grid.scale.clone(), t.grid.zero_point.clone()) for name, t in terms.items()}
     for levels in tuner.groups(format.levels):
         model.calls = 0
-        tuned = tuner.tune(model, terms, levels, Memory())
+        tuned = tuner.tune(model, weights, levels, Memory())
         assert model.calls == tuner.calls(len(model), levels), "the progress bar's total is true"
         assert set(tuned.before) == set(tuned.after) == set(levels)
         assert sum(tuned.after[level] / tuned.before[level] for level in levels) <= len(levels)
-        assert model.left_of(tuned.terms, terms, levels) <= 1.02
+        assert model.left_of(tuned.weights, weights, levels) <= 1.02
         for name, (codes, scale, zero_point) in copies.items():
             assert all(map(torch.equal, (terms[name].codes, terms[name].grid.scale), (codes, scale))), "inputs stay"
-            after = tuned.terms[name]
+            after = codes_of(tuned.weights)[name]
+            was, now = weights[name], tuned.weights[name]
+            assert all(a is b for a, b in zip((*was.terms[1:], *was.folds), (*now.terms[1:], *now.folds), strict=True))
             others = [i for i, level in enumerate(format.levels) if level not in levels]
             assert tuner.joint or torch.equal(after.codes, codes)
             assert after.codes.dtype == torch.uint8 and int(after.codes.max()) < 2 ** format.levels[-1]
@@ -116,44 +151,46 @@ def test_contract(tuner: Tuner, format: Integer) -> None:
             for values in (after.grid.scale, after.grid.zero_point):
                 assert torch.equal(values, to_half(values)), "stored values are half precision"
             assert bool((after.grid.scale > 0).all())
-        again = tuner.tune(model, terms, levels, Memory())
+        again = tuner.tune(model, weights, levels, Memory())
         for name in terms:
-            assert all(torch.equal(again.terms[name].dense(r), tuned.terms[name].dense(r)) for r in levels)
+            read = [[each.weights[name].dequantize(r) for r in levels] for each in (again, tuned)]
+            assert all(map(torch.equal, *read))
 
 
 @pytest.mark.parametrize("tuner", CASES[:4], ids=str)
 def test_the_loss_falls_and_codes_move_where_they_may(tuner: Tuner) -> None:
     """One level, where no other holds codes back."""
     model = TwoLayers()
-    terms = rounded(model, Integer((2,), 32))
-    tuned = tuner.tune(model, terms, (2,), Memory())
-    assert model.loss_of(tuned.terms, 2) < 0.93 * model.loss_of(terms, 2)
-    assert tuner.joint == any(not torch.equal(tuned.terms[name].codes, terms[name].codes) for name in terms)
+    weights = rounded(model, Integer((2,), 32))
+    tuned = tuner.tune(model, weights, (2,), Memory())
+    assert model.loss_of(tuned.weights, 2) < 0.93 * model.loss_of(weights, 2)
+    before, after = codes_of(weights), codes_of(tuned.weights)
+    assert tuner.joint == any(not torch.equal(after[name].codes, before[name].codes) for name in before)
 
 
 @pytest.mark.parametrize("tuner", CASES[4:], ids=str)
 def test_a_step_too_large_is_given_up(tuner: Tuner) -> None:
     model = TwoLayers()
-    terms = rounded(model, FORMATS[0])
-    tuned = tuner.tune(model, terms, tuner.groups(FORMATS[0].levels)[0], Memory())
-    assert tuned.after == tuned.before and tuned.terms is terms
+    weights = rounded(model, FORMATS[0])
+    tuned = tuner.tune(model, weights, tuner.groups(FORMATS[0].levels)[0], Memory())
+    assert tuned.after == tuned.before and tuned.weights is weights
 
 
 @pytest.mark.parametrize("tuner", CASES[:4], ids=str)
 @pytest.mark.parametrize("saves", [1, 2])
 def test_stopped_and_called_again_it_gives_the_same(tuner: Tuner, saves: int) -> None:
     model = TwoLayers()
-    terms = rounded(model, FORMATS[0])
+    weights = rounded(model, FORMATS[0])
     levels = tuner.groups(FORMATS[0].levels)[0]
-    whole = tuner.tune(model, terms, levels, Memory())
+    whole = tuner.tune(model, weights, levels, Memory())
     journal = Memory(saves)
     with pytest.raises(KeyboardInterrupt):
-        tuner.tune(model, terms, levels, journal)
+        tuner.tune(model, weights, levels, journal)
     model.calls = 0
-    resumed = tuner.tune(model, terms, levels, journal)
+    resumed = tuner.tune(model, weights, levels, journal)
     assert model.calls < tuner.calls(len(model), levels)
     assert (resumed.before, resumed.after) == (whole.before, whole.after)
-    assert all(torch.equal(resumed.terms[name].dense(2), whole.terms[name].dense(2)) for name in terms)
+    assert all(torch.equal(resumed.weights[n].dequantize(2), whole.weights[n].dequantize(2)) for n in weights)
 
 
 def test_wide_levels_may_be_left_alone() -> None:
@@ -168,10 +205,10 @@ def test_round_trip_as_data(tuner: Tuner) -> None:
 
 def test_a_loss_that_is_not_finite_is_refused() -> None:
     model = TwoLayers()
-    terms = rounded(model, FORMATS[0])
+    weights = rounded(model, FORMATS[0])
     model.weights["b"][0, 0] = torch.inf
     with pytest.raises(ElastiqError, match="scales: the loss at 2 bits is not finite after 0 steps; use a smaller"):
-        ScaleTuning(steps=2).tune(model, terms, (2,), Memory())
+        ScaleTuning(steps=2).tune(model, weights, (2,), Memory())
     with pytest.raises(ElastiqError, match="scales: steps, batch, holdout, rate, falloff and fewer must be positive"):
         ScaleTuning(rate=0.0)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from elastiq import ElastiqError, Recipe, recipes
+from elastiq.transforms import RandomHadamard
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -26,8 +29,8 @@ def test_round_trip_through_json(name: str) -> None:
         ({"splits": [{"name": "magic"}]}, "split: unknown name 'magic'; known: llm-int8, pb-llm, spqr"),
         ({"rotations": []}, "recipe: unknown slot rotations"),
         (
-            {"tuner": {"name": "scales"}, "transforms": [{"name": "hadamard"}]},
-            "a tuner works on nested integer codes alone; leave out its transforms",
+            {"tuner": {"name": "scales"}, "compensators": [{"name": "bias"}]},
+            "a tuner sees no shift of an output; leave out the compensator bias",
         ),
         ({"inputs": "random"}, "recipe: inputs='random' is not one of full, quantized"),
         ({"token_weights": "some"}, "recipe: token_weights='some' is not one of output, uniform"),
@@ -52,3 +55,44 @@ def test_options_that_several_recipes_take() -> None:
 def test_an_option_that_a_recipe_has_not_is_refused() -> None:
     with pytest.raises(ElastiqError, match="recipe mx: it has no levels, symmetric; known: number, embeddings, inputs"):
         recipes.get("mx", levels=(2,), symmetric=True)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_the_words_that_make_a_recipe(name: str) -> None:
+    known = recipes.words(recipes.get(name))
+    assert known is not None and known[0] == name
+    if name != "any-precision":
+        assert recipes.words(recipes.get(name, embeddings=True)) == [*known, "--embeddings"]
+
+
+def test_a_recipe_of_nobody_has_no_words() -> None:
+    assert recipes.words(replace(recipes.nested(), transforms=(RandomHadamard(),))) is None
+    some = recipes.get("gptq", levels=(3,), group_size=128, symmetric=True, inputs="quantized")
+    expected = "gptq --levels 3 --group-size 128 --symmetric --inputs quantized"
+    assert recipes.words(some) == expected.split()
+
+
+def test_a_recipe_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(recipes.nested_tuned().to_dict() | {"transforms": [{"name": "hadamard"}]}))
+    read = recipes.read(path)
+    assert read.tuner == recipes.nested_tuned().tuner and read.transforms == (RandomHadamard(),)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", r"mine.json: no recipe \(.*`elastiq recipes nested` prints one"),
+        ("[1]", r"mine.json: no recipe \(not an object\)"),
+        ('{"format": 3}', "mine.json: no recipe"),
+        ('{"format": {"name": "integer", "levels": "x"}, "solver": {"name": "rtn"}}', "mine.json: "),
+        ('{"format": {"name": "magic"}}', "mine.json: format: unknown name 'magic'"),
+        ('{"format": {"name": "integer"}, "solver": {"name": "rtn"}, "splits": 3}', "mine.json: no recipe"),
+        (None, "mine.json: cannot be read"),
+    ],
+)
+def test_a_bad_file_is_refused(content: str | None, sentence: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(ElastiqError, match=sentence):
+        recipes.read(tmp_path / "mine.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from elastiq.checkpoint import CheckpointReader
 from elastiq.checkpoint.files import sha256
 from elastiq.cli import app
 from elastiq.evaluate import evaluate, write_card
+from elastiq.transforms import RandomHadamard
 
 RECIPE = elastiq.recipes.rtn(levels=(2, 4), group_size=32)
 
@@ -40,6 +42,14 @@ def test_every_finished_checkpoint_has_one(made: Path, tmp_path: Path) -> None:
     CheckpointReader(made)  # its checksums do not mind
     result = CliRunner().invoke(app, ["slice", str(made), "--bits", "3", "-o", str(tmp_path / "small")])
     assert result.exit_code == 0 and "read at 1,2,3 bits" in (tmp_path / "small/README.md").read_text()
+
+
+def test_a_recipe_without_a_name_is_told_by_its_file(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = replace(RECIPE, transforms=(RandomHadamard(),))
+    elastiq.quantize(tiny_model("llama"), tmp_path / "nested", recipe, num_samples=2, seq_len=32)
+    card = ModelCard.load(tmp_path / "nested" / "README.md").text
+    assert "--recipe nested/recipe.json --num-samples" in card and "transform `hadamard`" in card
+    assert elastiq.recipes.read(tmp_path / "nested" / "recipe.json") == recipe
 
 
 def test_evaluating_brings_it_up_to_date(made: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from contracts.data import weight_and_stats
-from contracts.test_tuners import Memory, TwoLayers, rounded
+from contracts.test_tuners import Memory, TwoLayers, codes_of, rounded
 from naive.tuners import moved, read_moved, train_moving
 
-from elastiq.core import Codes, Stats
+from elastiq.core import Codes, QuantizedWeight, Stats
 from elastiq.formats import Integer
 from elastiq.linalg.training import MovingCodes
 from elastiq.solvers import RoundToNearest
@@ -27,7 +27,7 @@ def matrix(levels: tuple[int, ...] = LEVELS) -> Codes:
 @pytest.mark.parametrize("levels", [LEVELS, (3, 5), (5,)], ids=str)
 def test_moved_codes_and_their_gradients(levels: tuple[int, ...]) -> None:
     codes = matrix()
-    part = MovingCodes(codes, levels, reach=1.0)
+    part = MovingCodes(QuantizedWeight((codes,)), levels, reach=1.0)
     moves = 0.6 * torch.randn(codes.codes.shape, generator=torch.Generator().manual_seed(1))
     part.moves.data.copy_(moves)
     moves = moves.clamp(-1, 1)
@@ -57,21 +57,23 @@ def test_moved_codes_and_their_gradients(levels: tuple[int, ...]) -> None:
 )
 def test_training_equals_its_twin(tuner: SignRound | CoDistillation) -> None:
     model = TwoLayers()
-    terms = rounded(model, Integer((2, 5), 32))
+    weights = rounded(model, Integer((2, 5), 32))
+    terms = codes_of(weights)
     twin_codes, twin_values = train_moving(model, terms, (2, 5), tuner)
-    tuned = tuner.tune(model, terms, (2, 5), Memory())
+    tuned = tuner.tune(model, weights, (2, 5), Memory())
     for name, codes in terms.items():
         assert int((codes.codes != twin_codes[name]).sum()) > 5
-        assert int((tuned.terms[name].codes != twin_codes[name]).sum()) < 3, "but for signs of gradients near zero"
+        trained = codes_of(tuned.weights)[name].codes
+        assert int((trained != twin_codes[name]).sum()) < 3, "but for signs of gradients near zero"
         for level in (2, 5):
-            read = tuned.terms[name].dense(level)
+            read = tuned.weights[name].dequantize(level)
             assert (read - twin_values[name][level]).norm() < 0.05 * (read - codes.dense(level)).norm()
 
 
 def test_the_sampled_choice_by_hand() -> None:
     """One weight after the other: the candidates, their shares, the mixture at every level."""
     codes, temperature = matrix(), 0.7
-    part = _Choice(codes, LEVELS, strength=6.0)
+    part = _Choice(QuantizedWeight((codes,)), LEVELS, strength=6.0)
     uniform = torch.rand(3, *codes.codes.shape, generator=torch.Generator().manual_seed(5)).clamp(1e-7, 1 - 1e-7)
     size = 2 ** (codes.grid.bits - LEVELS[0])
     for level in LEVELS:
@@ -92,5 +94,6 @@ def test_the_sampled_choice_by_hand() -> None:
                 mean = float((score.softmax(0) * read).sum())
                 scale, zero = (float(x[index, i, group]) for x in (codes.grid.scale, codes.grid.zero_point))
                 assert float(values[i, j].detach()) == pytest.approx(scale * (mean - zero), abs=1e-4 * scale)
-    assert torch.equal(part.finished().codes, codes.codes), "nothing is trained yet"
-    assert all(torch.equal(part.finished().dense(level), codes.dense(level)) for level in LEVELS)
+    finished = part.finished()
+    assert torch.equal(codes_of({"": finished})[""].codes, codes.codes), "nothing is trained yet"
+    assert all(torch.equal(finished.dequantize(level), codes.dense(level)) for level in LEVELS)

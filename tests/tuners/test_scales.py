@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from contracts.data import weight_and_stats
-from contracts.test_tuners import Memory, TwoLayers, rounded
+from contracts.test_tuners import Memory, TwoLayers, codes_of, rounded
 from naive.tuners import decode, train
 
-from elastiq.core import Codes, Stats
+from elastiq.core import Codes, QuantizedWeight, Stats
 from elastiq.formats import Integer
 from elastiq.linalg.training import FixedCodes
 from elastiq.solvers import RoundToNearest
@@ -20,7 +20,7 @@ from elastiq.tuners import ScaleTuning
 def test_gradients_are_those_of_plain_autograd(shape: tuple[int, int], level: int) -> None:
     (codes,) = RoundToNearest().solve(weight_and_stats(*shape)[0], Integer((2, 5), 32), Stats())
     assert isinstance(codes, Codes)
-    part = FixedCodes(codes, level)
+    part = FixedCodes(QuantizedWeight((codes,)), level)
     direction = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     (part.decode() * direction).sum().backward()
     changes = [torch.zeros_like(change, dtype=torch.float64, requires_grad=True) for change in part.trained]
@@ -34,11 +34,13 @@ def test_gradients_are_those_of_plain_autograd(shape: tuple[int, int], level: in
 
 def test_training_equals_its_twin() -> None:
     model = TwoLayers()
-    terms = rounded(model, Integer((2, 4), 32))
+    weights = rounded(model, Integer((2, 4), 32))
+    terms = codes_of(weights)
     tuner = ScaleTuning(steps=12, batch=3, rate=1e-2, holdout=4)
-    tuned = tuner.tune(model, terms, (2,), Memory())
+    tuned = tuner.tune(model, weights, (2,), Memory())
     twin = train(model, terms, 2, tuner)
     for name in terms:
         moved = (terms[name].dense(2) - twin[name]).norm()
         assert moved > 0.02 * twin[name].norm()
-        assert (tuned.terms[name].dense(2) - twin[name]).norm() < 0.1 * moved, "but for rounding to half precision"
+        read = tuned.weights[name].dequantize(2)
+        assert (read - twin[name]).norm() < 0.1 * moved, "but for rounding to half precision"

@@ -2,6 +2,15 @@
 
 from .objective import BlockObjective, by_parameter, parameter
 from .stream import BlockStream
-from .text import Calibration, calibration_ids, tuning_ids
+from .text import Calibration, calibration_ids, file_names, tuning_ids
 
-__all__ = ["BlockObjective", "BlockStream", "Calibration", "by_parameter", "calibration_ids", "parameter", "tuning_ids"]
+__all__ = [
+    "BlockObjective",
+    "BlockStream",
+    "Calibration",
+    "by_parameter",
+    "calibration_ids",
+    "file_names",
+    "parameter",
+    "tuning_ids",
+]

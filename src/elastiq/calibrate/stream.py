@@ -162,8 +162,11 @@ class BlockStream:
         added = (before - self._batch(start, stop)).flatten(2).norm(dim=-1)
         return bool(((after - before).flatten(2).norm(dim=-1) <= tolerance * added).all())
 
-    def objective(self, block: int, called: Callable[[int], None]) -> BlockObjective:
-        """The distance of the block's outputs from those that `collect` found; `called` as in `BlockObjective`."""
+    def objective(
+        self, block: int, beside: Mapping[str, Tensor], called: Callable[[int], None]
+    ) -> BlockObjective:
+        """The distance of the block's outputs from those that `collect` found. beside: new values of parameters that
+        are not quantized, by name. called: as in `BlockObjective`."""
         self._check_order(block)
         if not self._done or self._outputs is None:
             raise ValueError("the objective is known after collect")
@@ -172,8 +175,10 @@ class BlockStream:
                 self._calls[1] = self._calls_of_all_blocks(self._ids[:1].to(self._device))[1]
         call, module = self._calls[1][block], self._blocks[block]
 
+        own = {name.removeprefix(f"{self.layout.blocks[block]}."): values for name, values in beside.items()}
+
         def run(window: int, parameters: Mapping[str, Tensor]) -> Tensor:
-            replaced = partial(_with, module, parameters)
+            replaced = partial(_with, module, {**own, **parameters})
             return call.run(replaced, self._batch(window, window + 1))[0]
 
         sites, name = self.layout.at(block), self.layout.blocks[block]

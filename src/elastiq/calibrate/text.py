@@ -61,6 +61,12 @@ def tuning_ids(
     return torch.cat([calibration_ids(text, tokenizer, share, seq_len) for text in texts])[:num_samples]
 
 
+def file_names(calibration: Calibration) -> list[str]:
+    """Names, without their directories, of the files among what is calibrated on."""
+    members = [Path(calibration)] if isinstance(calibration, str | Path) else calibration
+    return [] if members is None or isinstance(members, Tensor) else [m.name for m in members if isinstance(m, Path)]
+
+
 def _windows_of_ids(ids: Tensor, num_samples: int, seq_len: int) -> Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
         raise ElastiqError("calibration: token ids must be whole numbers in one or two dimensions")

@@ -63,6 +63,9 @@ class CompressedTensors(IntegerTarget, name="compressed-tensors"):
             specs["weight_zero_point"] = (torch.int32, (out_features * bits // 32, groups))
         return specs
 
+    def known(self, stored: StoredMatrix) -> dict[str, Tensor]:
+        return {"weight_shape": torch.tensor(stored.shape)} if stored.coded else {}
+
     def pack(self, packed: Packed) -> dict[str, Tensor]:
         arrays = {
             "weight_packed": pack_stream(packed.codes, packed.bits),

@@ -88,6 +88,10 @@ class IntegerTarget(Target):
     def arrays(self, stored: StoredMatrix, bits: int) -> dict[str, ArraySpec]:
         """Arrays of one matrix [out, in] by short name."""
 
+    def known(self, stored: StoredMatrix) -> dict[str, Tensor]:
+        """Arrays that say nothing of the values."""
+        return {}
+
     @abstractmethod
     def pack(self, packed: Packed) -> dict[str, Tensor]:
         """Their content."""
@@ -129,17 +133,18 @@ class IntegerTarget(Target):
             specs |= {f"{name}.{short}": spec for short, spec in arrays.items()}
             owner |= {f"{name}.{short}": name for short in arrays}
         base, rows = dict(view.base()), {}
-        last: tuple[str, dict[str, Tensor]] = ("", {})
+        made: dict[str, Tensor] = {}  # arrays of matrices that are packed already, until they are written
 
         def payload(full: str) -> Iterator[Tensor]:
-            nonlocal last
             if full in base:
                 yield base[full]
             elif full in owner:
-                if last[0] != owner[full]:
-                    arrays, rows[owner[full]] = self.pack_matrix(view, owner[full])
-                    last = owner[full], arrays
-                yield last[1][full.removeprefix(f"{owner[full]}.")]
+                name = owner[full]
+                known = self.known(view.matrices[name]).get(full.removeprefix(f"{name}."))
+                if known is None and full not in made:
+                    arrays, rows[name] = self.pack_matrix(view, name)
+                    made.update({f"{name}.{short}": array for short, array in arrays.items()})
+                yield made.pop(full) if known is None else known
             else:
                 yield view.dense(full.removesuffix(".weight")).half()
 

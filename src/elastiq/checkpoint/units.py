@@ -146,14 +146,13 @@ def _read_codes(matrix: StoredMatrix, arrays: Mapping[str, Tensor]) -> dict[int,
 
 
 def write_tuned_file(
-    path: Path, weights: Mapping[Site, Codes], levels: Sequence[int], codes: bool, facts: dict[str, Any]
+    path: Path, weights: Mapping[Site, QuantizedWeight], levels: Sequence[int], codes: bool, facts: dict[str, Any]
 ) -> None:
     """Write the scales and zero points that `weights` have at `levels`, with `codes` their planes too, and JSON-ready
     `facts` about them."""
     members = _by_tensor(weights)
-    whole = {site: QuantizedWeight((codes,)) for site, codes in weights.items()}
-    checked = {site: _codes(site, weight) for site, weight in whole.items()}
-    matrices = {tensor: _stored(tensor, sites, checked, whole, ()) for tensor, sites in members.items()}
+    checked = {site: _codes(site, weight) for site, weight in weights.items()}
+    matrices = {tensor: _stored(tensor, sites, checked, weights, ()) for tensor, sites in members.items()}
     specs = {
         f"{tensor}.{short}": spec
         for tensor, matrix in matrices.items()

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core import Codes, ElastiqError, QuantizedWeight, Recipe, Site
+from ..core import ElastiqError, QuantizedWeight, Recipe, Site
 from .assemble import assemble
 from .files import disk_errors, json_bytes, read_json, replace_durably, sync_directory, write_durably
 from .fingerprint import differences
@@ -107,7 +107,9 @@ class CheckpointWriter:
         facts = [read_facts(path) for path in sorted(self._tuned.glob("*.safetensors"))]
         return {int(level): row for each in facts for level, row in each.items()}
 
-    def write_tuned(self, facts: Mapping[int, dict[str, Any]], weights: Mapping[Site, Codes], codes: bool) -> None:
+    def write_tuned(
+        self, facts: Mapping[int, dict[str, Any]], weights: Mapping[Site, QuantizedWeight], codes: bool
+    ) -> None:
         """Make the scales and zero points of some levels durable, with `codes` the codes too; they take the place of
         those in the units. facts: level -> what is to be known about it."""
         name = "-".join(map(str, facts))

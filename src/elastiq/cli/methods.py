@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +19,18 @@ from .options import Checkpoint, Json, write
 
 @app.command("recipes")
 def recipes_command(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this recipe as JSON, to change it and quantize by it.")
+    ] = None,
     page: Annotated[Path | None, typer.Option(help="Write docs/methods.md here.", show_default=False)] = None,
     json: Json = None,
 ) -> None:
     """The recipes, and every part that a recipe can be made of: what it does, needs and comes from."""
+    if name is not None:
+        recipe = recipes.get(name).to_dict()
+        write(json, recipe)
+        typer.echo(dumps(recipe, indent=2))
+        return
     rows = methods()
     write(json, rows)
     if page is not None:

@@ -38,7 +38,11 @@ def quantize_command(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the checkpoint.", show_default=False)],
     recipe: Annotated[
-        str, typer.Option(help=f"One of {comma(recipes.names())}; `elastiq recipes` tells what they are.")
+        str,
+        typer.Option(
+            help=f"One of {comma(recipes.names())}; `elastiq recipes` tells what they are, "
+            "`elastiq recipes NAME` prints one as JSON. Or such a JSON file."
+        ),
     ] = "nested",
     levels: Annotated[
         str | None,
@@ -88,15 +92,24 @@ def quantize_command(
     """Quantize MODEL once into the nested checkpoint OUTPUT. Interrupted, the same command resumes."""
     if to and not rehearsal:
         raise typer.BadParameter("--to belongs to --rehearse; a finished checkpoint goes through elastiq export")
-    if recipe not in recipes.names():
-        raise typer.BadParameter(f"{recipe!r} does not exist; known: {comma(recipes.names())}", param_hint="--recipe")
     asked = {
         "levels": None if levels is None else widths("--levels", levels),
         "group_size": group_size,
         "symmetric": symmetric,
+        "embeddings": embeddings or None,
+        "inputs": None if inputs is Inputs.full else inputs.value,
     }
     given = {option: value for option, value in asked.items() if value is not None}
-    chosen = recipes.get(recipe, **given, embeddings=embeddings, inputs=inputs.value)
+    if recipe.endswith(".json"):
+        if given:
+            options = comma(f"--{option.replace('_', '-')}" for option in given)
+            raise typer.BadParameter(f"{recipe} says this itself; leave out {options}", param_hint="--recipe")
+        chosen = recipes.read(recipe)
+    elif recipe in recipes.names():
+        chosen = recipes.get(recipe, **given)
+    else:
+        known = comma(recipes.names())
+        raise typer.BadParameter(f"{recipe!r} does not exist; known: {known}, or a .json file", param_hint="--recipe")
     if dry_run:
         planned = plan(model, chosen, num_samples=num_samples, seq_len=seq_len, revision=revision)
         write(json, planned.to_dict())

@@ -17,6 +17,7 @@ class BiasCorrection(Compensator, name="bias"):
     with the mean measured instead of derived). 16 bits per output and level."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"mean"})
+    shifts: ClassVar[bool] = True
 
     def fit(self, residual: Tensor, stats: Stats, level: int) -> tuple[SideTerm, ...]:
         mean = stats.get("mean")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from .error import ElastiqError
@@ -52,6 +53,10 @@ class Part(ABC):
     def restore(cls, arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
         """The part again, from the arrays of the planes present (not copied). What does not fit together may raise
         anything but must not be followed blindly: arrays and facts come from outside."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The part with its arrays on `device`."""
+        return self.restore({name: kept.array.to(device) for name, kept in self.kept().items()}, self.facts())
 
     def num_bits(self, level: int) -> int:
         """Stored bits that a reader of `level` needs."""

@@ -43,9 +43,9 @@ class Recipe:
         for field, known in _CHOICES.items():
             if getattr(self, field) not in known:
                 raise ElastiqError(f"recipe: {field}={getattr(self, field)!r} is not one of {', '.join(known)}")
-        taken = [name for name in _LISTS if getattr(self, name)]
-        if taken and (self.tuner or self.block_tuner):
-            raise ElastiqError(f"recipe: a tuner works on nested integer codes alone; leave out its {', '.join(taken)}")
+        shifting = [step.name for step in self.compensators if step.shifts]
+        if shifting and (self.tuner or self.block_tuner):
+            raise ElastiqError(f"recipe: a tuner sees no shift of an output; leave out the compensator {shifting[0]}")
 
     @property
     def levels(self) -> tuple[int, ...]:

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .fold import Fold
-    from .grid import CodeGrid, Codes
+    from .grid import CodeGrid
     from .stats import Stats
-    from .term import SideTerm, Term
+    from .term import QuantizedWeight, SideTerm, Term
 
 
 class Step(ABC):
@@ -98,7 +98,9 @@ class Split(Step, slot="split"):
 
 
 class Compensator(Step, slot="compensator"):
-    """What is added to make up for what the codes lose."""
+    """What is added to make up for what the codes lose. shifts: to the output, whatever the input is."""
+
+    shifts: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, residual: Tensor, stats: Stats, level: int) -> tuple[SideTerm, ...]:
@@ -144,10 +146,10 @@ class Journal(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What a tuner made of some matrices: terms by site name, the loss of each level before and after on windows it did
-    not train on (relative to before, the mean after is not above 1: a change that does not help is given up)."""
+    """What a tuner made of some matrices: by site name, the loss of each level before and after on windows it did not
+    train on (relative to before, the mean after is not above 1: a change that does not help is given up)."""
 
-    terms: Mapping[str, Codes]
+    weights: Mapping[str, QuantizedWeight]
     before: Mapping[int, float]
     after: Mapping[int, float]
 
@@ -177,10 +179,11 @@ class Tuner(Step, slot="tuner"):
 
     @abstractmethod
     def tune(
-        self, objective: Objective, terms: Mapping[str, Codes], levels: Sequence[int], journal: Journal
+        self, objective: Objective, weights: Mapping[str, QuantizedWeight], levels: Sequence[int], journal: Journal
     ) -> Tuned:
-        """Terms that read better at `levels` (ascending), and the same as before at every other level with scales of
-        its own: one level, or all of them if the tuner is `joint`.
+        """Matrices that read better at `levels` (ascending), and the same as before at every other level with scales of
+        its own: one level, or all of them if the tuner is `joint`. The first term of each is `Codes`, and alone may
+        change.
 
         Stopped at any moment and called again with the same arguments, it gives the same result.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,10 +51,17 @@ class QuantizedWeight:
 
     def dequantize(self, level: int) -> Tensor:
         """[out, in] float32 at `level` bits."""
-        total = self.terms[0].dense(level)
+        return self.around(self.terms[0].dense(level), level)
+
+    def around(self, values: Tensor, level: int) -> Tensor:
+        """[out, in] at `level` bits, `values` [out, in] in the place of the first term's."""
         for term in self.terms[1:]:
-            total = total + term.dense(level)
-        return fold_out(self.folds, total)
+            values = values + term.dense(level)
+        return fold_out(self.folds, values)
+
+    def with_first(self, term: Term) -> QuantizedWeight:
+        """The same with another first term."""
+        return replace(self, terms=(term, *self.terms[1:]))
 
     def shift(self, level: int) -> Tensor | None:
         """[out] added to the output whatever the input is, None for nothing."""

@@ -10,9 +10,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from .. import recipes
 from ..checkpoint import CheckpointReader
 from ..checkpoint.files import replace_durably, write_durably
-from ..checkpoint.names import CARD
+from ..checkpoint.names import CARD, RECIPE
 from ..checkpoint.sizes import full_bytes, level_sizes, megabytes
 from ..core import ElastiqError
 from .record import read_evaluations, read_tasks
@@ -54,23 +55,23 @@ def _refresh(reader: CheckpointReader, path: Path) -> None:
 
 def made_by(reader: CheckpointReader) -> str:
     """The command that made the checkpoint, as far as its files tell."""
-    recipe, info = reader.recipe.to_dict(), reader.info
-    grid = recipe["format"]
+    info, name = reader.info, reader.path.resolve().name
     words = [
         "elastiq quantize",
         str(info.get("base_model") or info.get("model", "MODEL")),
         "-o",
-        reader.path.resolve().name,
+        name,
         "--recipe",
-        recipe["solver"]["name"] + ("-tuned" if "tuner" in recipe else ""),
+        *(recipes.words(reader.recipe) or [f"{name}/{RECIPE}"]),
     ]
-    words += ["--levels", _comma(reader.manifest.levels), "--group-size", str(grid.get("group_size"))]
-    words += ["--symmetric"] if grid.get("symmetric") else []
-    words += ["--embeddings"] if recipe["embeddings"] else []
-    words += ["--inputs", recipe["inputs"]] if recipe["inputs"] != "full" else []
-    for name in info.get("calibration") or ():
-        words += ["--calibration", str(name)]
-    for option, key in (("--num-samples", "windows"), ("--seq-len", "seq_len"), ("--seed", "seed")):
+    tuning = info.get("tuning")
+    texts = {
+        "--calibration": info.get("calibration"),
+        "--tuning-text": tuning.get("texts") if isinstance(tuning, dict) else None,
+    }
+    for option, names in texts.items():
+        words += [word for text in names for word in (option, str(text))] if isinstance(names, list) else []
+    for option, key in (("--num-samples", "windows"), ("--seq-len", "seq_len")):
         words += [option, str(info[key])] if key in info else []
     return " ".join(words)
 
@@ -91,12 +92,12 @@ def _body(reader: CheckpointReader) -> str:
     base = _plain(reader.info.get("base_model") or reader.info.get("model", "a model"))
     available, recipe = reader.available, reader.recipe
     low = reader.levels[min(1, len(reader.levels) - 1)]
-    tuned = "" if recipe.tuner is None else f", tuner `{recipe.tuner.name}`"
+    steps = ", ".join(f"{step.slot} `{step.name}`" for step in recipe.steps)
     lines = [
         f"# {_plain(reader.path.resolve().name)}",
         "",
-        f"`{base}`, quantized once and read at {_comma(available)} bits from the same files: format "
-        f"`{recipe.format.name}`, solver `{recipe.solver.name}`{tuned}, group size {reader.manifest.group_size}.",
+        f"`{base}`, quantized once and read at {_comma(available)} bits from the same files: {steps}, group size "
+        f"{reader.manifest.group_size}.",
         "",
         *_widths(reader),
         "",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import MIN_SCALE, Codes, ElastiqError, Grid, Journal, Objective, Tuned, Tuner, to_half
+from ..core import MIN_SCALE, Codes, ElastiqError, Grid, Journal, Objective, QuantizedWeight, Tuned, Tuner, to_half
 
 _STEPS_PER_SAVE = 8
 
@@ -48,19 +48,20 @@ class Scales:
 class FixedCodes:
     """One matrix at one level: codes that stay, scales that are trained."""
 
-    def __init__(self, codes: Codes, level: int) -> None:
-        self._codes, self._scales = codes, Scales(codes.grid, level)
+    def __init__(self, weight: QuantizedWeight, level: int) -> None:
+        codes = codes_of(weight)
+        self._weight, self._codes, self._level, self._scales = weight, codes, level, Scales(codes.grid, level)
         self._grouped = grouped(codes.codes >> (codes.grid.bits - level), codes.grid.group_size)
         self.trained = self._scales.trained
 
     def decode(self) -> Tensor:
         """[out, in] with gradients for what is trained."""
         values: Tensor = _Decode.apply(*self._scales.now(), self._grouped)
-        return values[:, : self._codes.codes.shape[1]]
+        return self._weight.around(values[:, : self._codes.codes.shape[1]], self._level)
 
-    def finished(self) -> Codes:
+    def finished(self) -> QuantizedWeight:
         """The matrix with the trained scales, as they are stored."""
-        return with_scales(self._codes, [self._scales])
+        return self._weight.with_first(with_scales(self._codes, [self._scales]))
 
 
 class MovingCodes:
@@ -72,8 +73,9 @@ class MovingCodes:
     were linear in it.
     """
 
-    def __init__(self, codes: Codes, levels: Sequence[int], reach: float) -> None:
-        self._codes, self._low, self._reach = codes, levels[0], reach
+    def __init__(self, weight: QuantizedWeight, levels: Sequence[int], reach: float) -> None:
+        codes = codes_of(weight)
+        self._weight, self._codes, self._low, self._reach = weight, codes, levels[0], reach
         self._shift = codes.grid.bits - self._low
         self.moves = torch.zeros(codes.codes.shape, device=codes.codes.device, requires_grad=True)
         self._scales = {level: Scales(codes.grid, level) for level in levels}
@@ -93,11 +95,19 @@ class MovingCodes:
         read = grouped(self.codes() >> (grid.bits - level), grid.group_size)
         moves = F.pad(self.moves, (0, -self.moves.shape[1] % grid.group_size)).unflatten(1, (-1, grid.group_size))
         values: Tensor = _Decode.apply(*self._scales[level].now(), read, moves, 2.0 ** (level - self._low))
-        return values[:, : self.moves.shape[1]]
+        return self._weight.around(values[:, : self.moves.shape[1]], level)
 
-    def finished(self) -> Codes:
+    def finished(self) -> QuantizedWeight:
         """The matrix with its codes and scales, as they are stored."""
-        return with_scales(replace(self._codes, codes=self.codes()), self._scales.values())
+        return self._weight.with_first(with_scales(replace(self._codes, codes=self.codes()), self._scales.values()))
+
+
+def codes_of(weight: QuantizedWeight) -> Codes:
+    """What of a matrix is trained: its first term. Raises ElastiqError if that is anything but codes."""
+    codes = weight.terms[0]
+    if not isinstance(codes, Codes):
+        raise ElastiqError("a tuner works on nested integer codes; choose another format or solver")
+    return codes
 
 
 def with_scales(codes: Codes, trained: Iterable[Scales]) -> Codes:
@@ -264,18 +274,21 @@ class Course:
 class Part(Protocol):
     """One matrix while it is trained."""
 
-    def finished(self) -> Codes:
+    def finished(self) -> QuantizedWeight:
         """The matrix as it is stored."""
 
 
 def kept_if_better(
-    terms: Mapping[str, Codes], parts: Mapping[str, Part], before: Mapping[int, float], after: Mapping[int, float]
+    weights: Mapping[str, QuantizedWeight],
+    parts: Mapping[str, Part],
+    before: Mapping[int, float],
+    after: Mapping[int, float],
 ) -> Tuned:
-    """What `parts` became, or `terms` as they were unless the mean over the levels of what is left of the loss is
+    """What `parts` became, or `weights` as they were unless the mean over the levels of what is left of the loss is
     below 1."""
     left = sum(after[level] / max(before[level], 1e-12) for level in before) / len(before)
     if not left < 1:
-        return Tuned(terms, before, before)
+        return Tuned(weights, before, before)
     return Tuned({name: part.finished() for name, part in parts.items()}, before, after)
 
 
@@ -333,16 +346,16 @@ class MovingTuner(JointTuner):
     reach: float = 0.5
 
     def tune(
-        self, objective: Objective, terms: Mapping[str, Codes], levels: Sequence[int], journal: Journal
+        self, objective: Objective, weights: Mapping[str, QuantizedWeight], levels: Sequence[int], journal: Journal
     ) -> Tuned:
-        parts = {name: MovingCodes(codes, levels, self.reach) for name, codes in terms.items()}
+        parts = {name: MovingCodes(weight, levels, self.reach) for name, weight in weights.items()}
         groups = [[part.moves for part in parts.values()]]
         groups += [[change for part in parts.values() for change in part.trained[level]] for level in levels]
         before, after = self.course.run(
             objective, levels, lambda level: lambda name: parts[name].decode(level),
             self.descent(groups, journal.load()), self.rates(levels), journal, taught=self.taught,
         )  # fmt: skip
-        return kept_if_better(terms, parts, before, after)
+        return kept_if_better(weights, parts, before, after)
 
 
 def _half(x: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 from ..core import ElastiqError, Recipe
@@ -75,6 +77,44 @@ def get(name: str, **options: Any) -> Recipe:
     return _ALL[name](**options)
 
 
+def words(recipe: Recipe) -> list[str] | None:
+    """What follows --recipe on a command line that makes this recipe; None for one that has no name."""
+    slots = recipe.to_dict()
+    given = {"levels": recipe.levels, **{key: slots["format"].get(key) for key in ("group_size", "symmetric")}}
+    given |= {"embeddings": recipe.embeddings, "inputs": recipe.inputs}
+    for name, make in _ALL.items():
+        known = _options(make)
+        taken = {key: value for key, value in given.items() if value is not None and key in (known or given)}
+        try:
+            if make(**taken) != recipe:
+                continue
+        except ElastiqError:
+            continue
+        found = [name]
+        if "levels" in taken:
+            found += ["--levels", ",".join(map(str, recipe.levels))]
+        if "group_size" in taken:
+            found += ["--group-size", str(taken["group_size"])]
+        found += [f"--{key}" for key in ("symmetric", "embeddings") if taken.get(key)]
+        return found + (["--inputs", recipe.inputs] if recipe.inputs != "full" else [])
+    return None
+
+
+def read(path: str | Path) -> Recipe:
+    """The recipe in a JSON file, as `Recipe.to_dict` describes it. Raises ElastiqError if there is none."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("not an object")
+        return Recipe.from_dict(data)
+    except OSError as error:
+        raise ElastiqError(f"recipe {path}: cannot be read ({error.strerror})") from None
+    except ElastiqError as error:
+        raise ElastiqError(f"recipe {path}: {error}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ElastiqError(f"recipe {path}: no recipe ({error}); `elastiq recipes nested` prints one") from None
+
+
 def _options(recipe: Callable[..., Recipe]) -> list[str]:
     """What a recipe takes: its own parameters, and the slots of `Recipe` it leaves open; empty where it hands what it
     does not know to another step."""
@@ -108,7 +148,9 @@ __all__ = [
     "nv",
     "pb_llm",
     "quarot",
+    "read",
     "rtn",
     "smoothquant",
     "spqr",
+    "words",
 ]

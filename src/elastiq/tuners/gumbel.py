@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core import Codes, Journal, Objective, Tuned
-from ..linalg.training import JointTuner, Lion, Scales, grouped, kept_if_better, with_scales
+from ..core import Journal, Objective, QuantizedWeight, Tuned
+from ..linalg.training import JointTuner, Lion, Scales, codes_of, grouped, kept_if_better, with_scales
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class GumbelChoice(JointTuner, name="gumbel"):
     last: float = 0.1
 
     def tune(
-        self, objective: Objective, terms: Mapping[str, Codes], levels: Sequence[int], journal: Journal
+        self, objective: Objective, weights: Mapping[str, QuantizedWeight], levels: Sequence[int], journal: Journal
     ) -> Tuned:
-        parts = {name: _Choice(codes, levels, self.strength) for name, codes in terms.items()}
+        parts = {name: _Choice(weight, levels, self.strength) for name, weight in weights.items()}
         groups = [[part.logits for part in parts.values()]]
         groups += [[change for part in parts.values() for change in part.trained[level]] for level in levels]
         lion = Lion(groups, journal.load())
@@ -51,15 +51,16 @@ class GumbelChoice(JointTuner, name="gumbel"):
 
         before, after = self.course.run(
             objective, levels, lambda level: lambda name: sampled(level, name), lion, self.rates(levels), journal,
-            judged=lambda level: lambda name: parts[name].finished().dense(level),
+            judged=lambda level: lambda name: parts[name].finished().dequantize(level),
         )  # fmt: skip
-        return kept_if_better(terms, parts, before, after)
+        return kept_if_better(weights, parts, before, after)
 
 
 class _Choice:
     """One matrix: logits [3, out, in] of the cell below, the code as it is, the cell above."""
 
-    def __init__(self, codes: Codes, levels: Sequence[int], strength: float) -> None:
+    def __init__(self, weight: QuantizedWeight, levels: Sequence[int], strength: float) -> None:
+        self._weight, codes = weight, codes_of(weight)
         own, bits, low = codes.codes.int(), codes.grid.bits, levels[0]
         size = 2 ** (bits - low)
         cell = own // size
@@ -82,11 +83,11 @@ class _Choice:
         scale, zero_point = self._scales[level].now()
         code = grouped((share * read).sum(0), self._codes.grid.group_size)
         value: Tensor = (scale.unsqueeze(-1) * (code - zero_point.unsqueeze(-1))).flatten(1)
-        return value[:, : read.shape[2]]
+        return self._weight.around(value[:, : read.shape[2]], level)
 
     @torch.no_grad()
-    def finished(self) -> Codes:
+    def finished(self) -> QuantizedWeight:
         """The matrix with the most likely codes, and its scales as they are stored."""
         best = self.logits.argmax(0, keepdim=True)
         codes = self._candidates.gather(0, best)[0].to(torch.uint8)
-        return with_scales(replace(self._codes, codes=codes), self._scales.values())
+        return self._weight.with_first(with_scales(replace(self._codes, codes=codes), self._scales.values()))

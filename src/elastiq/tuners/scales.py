@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core import Codes, ElastiqError, Journal, Objective, Tuned, Tuner
+from ..core import ElastiqError, Journal, Objective, QuantizedWeight, Tuned, Tuner
 from ..linalg.training import Adam, Course, FixedCodes, kept_if_better
 
 
@@ -53,16 +53,16 @@ class ScaleTuning(Tuner, name="scales"):
         return self._course(levels[0]).calls(windows, 1)
 
     def tune(
-        self, objective: Objective, terms: Mapping[str, Codes], levels: Sequence[int], journal: Journal
+        self, objective: Objective, weights: Mapping[str, QuantizedWeight], levels: Sequence[int], journal: Journal
     ) -> Tuned:
         (level,) = levels
-        parts = {name: FixedCodes(codes, level) for name, codes in terms.items()}
+        parts = {name: FixedCodes(weight, level) for name, weight in weights.items()}
         adam = Adam([[change for part in parts.values() for change in part.trained]], journal.load())
         rate = self.rate * self.falloff ** (level - 2)
         before, after = self._course(level).run(
             objective, levels, lambda _: lambda name: parts[name].decode(), adam, [rate], journal
         )
-        return kept_if_better(terms, parts, before, after)
+        return kept_if_better(weights, parts, before, after)
 
     def _course(self, level: int) -> Course:
         steps = max(1, round(self.steps * self.fewer ** (level - 2)))
