@@ -305,6 +305,9 @@ def test_a_recipe_printed_changed_and_used(model: Path, text_file: Path, tmp_pat
     (tmp_path / "mine.json").write_text(json.dumps(mine))
     few = ["--recipe", tmp_path / "mine.json", "--num-samples", 2, "--seq-len", 32, "--calibration", text_file]
     ok("quantize", model, "-o", tmp_path / "out", *few)
+    small = [*QUICK, "--scales", "int6", "--calibration", text_file]
+    ok("quantize", model, "-o", tmp_path / "small", *small)
+    assert "--scales int6" in (tmp_path / "small" / "README.md").read_text()
     assert "transform: QuaRot" in ok("cite", tmp_path / "out").stdout
     assert "recipe 'magic' does not exist" in run("recipes", "magic").stderr
     both = run("quantize", model, "-o", tmp_path / "b", *few, "--group-size", 32, "--embeddings")

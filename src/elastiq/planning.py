@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .core import Recipe, Site
+from .core import Format, Recipe, Site
+from .formats import Integer
 from .models import Layout, ModelSource, build_skeleton, discover
 from .recipes import nested
 from .tune import estimate
@@ -65,11 +66,12 @@ def plan_of(source: ModelSource, skeleton: Any, layout: Layout, recipe: Recipe, 
     weights = sum(site.num_weights for site in sites)
     planes = sum(site.shape[0] * -(-site.shape[1] // 8) for site in sites)
     scales = sum(site.shape[0] * recipe.format.overhead(site.shape[1]) for site in sites) // 8
+    held = scales + sum(site.shape[0] * _read_scales(recipe.format, site.shape[1]) for site in sites) // 8
     levels: dict[int, dict[str, float]] = {}
     for index, level in enumerate(recipe.levels):
         levels[level] = {
             "bits_per_weight": 8 * (planes * level + scales) / weights,
-            "bytes_in_memory": base + planes * level + scales * (index + 1),
+            "bytes_in_memory": base + planes * level + held * (index + 1),
             "bytes_on_disk": base + planes * level + scales * (index + 1),
         }
     states = 4 * num_samples * seq_len * skeleton.config.get_text_config().hidden_size
@@ -95,6 +97,13 @@ def plan_of(source: ModelSource, skeleton: Any, layout: Layout, recipe: Recipe, 
         peak_memory=memory,
         seconds=seconds,
     )
+
+
+def _read_scales(format: Format, in_features: int) -> int:
+    """Bits per output row and level of the half-precision scales that a model holds beside those stored otherwise."""
+    if not isinstance(format, Integer) or format.scales == "half":
+        return 0
+    return replace(format, scales="half").overhead(in_features)
 
 
 def _memory_estimate(layout: Layout, recipe: Recipe, states: int) -> int:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial, reduce
 from hashlib import sha256
 from importlib.metadata import version
@@ -24,8 +24,9 @@ from .absorb import Absorbed, absorb
 from .calibrate import BlockStream, calibration_ids, file_names, tuning_ids
 from .checkpoint import CheckpointReader, CheckpointWriter, is_finished
 from .checkpoint.sizes import level_sizes
-from .core import Codes, ElastiqError, Fold, QuantizedWeight, Recipe, SideTerm, Site, Stats, Tuner
+from .core import Codes, ElastiqError, Fold, Format, QuantizedWeight, Recipe, SideTerm, Site, Stats, Term, Tuner
 from .evaluate import mean_error, write_card
+from .formats import Integer
 from .importing import ordinary
 from .linalg import native
 from .linalg.training import codes_of
@@ -351,11 +352,19 @@ def _solve(weight: Tensor, stats: Stats, recipe: Recipe, folds: tuple[Fold, ...]
     for split in recipe.splits:
         rest, terms = split.split(rest, recipe.format, stats)
         apart += terms
-    inner = QuantizedWeight((*recipe.solver.solve(rest, recipe.format, stats), *apart))
+    solved = (_as_stored(term, recipe.format) for term in recipe.solver.solve(rest, recipe.format, stats))
+    inner = QuantizedWeight((*solved, *apart))
     for compensator in recipe.compensators:
         found = [compensator.fit(weight - inner.dequantize(r), stats, r) for r in recipe.levels]
         inner = QuantizedWeight((*inner.terms, *chain.from_iterable(found)))
     return QuantizedWeight(inner.terms, folds)
+
+
+def _as_stored(term: Term, format: Format) -> Term:
+    """The term with its scales as a reader will see them."""
+    if not isinstance(term, Codes) or not isinstance(format, Integer) or format.scales == "half":
+        return term
+    return replace(term, grid=term.grid.stored(format.scales))
 
 
 def _energy(matrix: Tensor, stats: Stats) -> float:

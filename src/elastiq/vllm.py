@@ -99,6 +99,11 @@ class LinearMethod(LinearMethodBase):
                 f"vllm: {self.stored.name} cut to {input_size_per_partition} inputs splits a group of "
                 f"{self.stored.group_size}; use fewer devices"
             )
+        if self.stored.scales != "half":
+            raise ElastiqError(
+                f"vllm: the scales of {self.stored.name} are stored as {self.stored.scales}, which its loader cannot "
+                "cut; quantize with scales in half precision"
+            )
         own = StoredMatrix(
             self.stored.name, self.stored.role, (sum(output_partition_sizes), input_size_per_partition),
             self.stored.group_size, self.stored.levels, self.stored.symmetric,

@@ -123,6 +123,9 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         quantization("symmetric", "no"),
         "symmetric of the quantization_config in config.json is 'no'",
     ),
+    "scales of an unknown kind": (module({"scales": "int9"}), "modules.model.0.up.scales of the quantization_config"),
+    "scales of whole matrices": (module({"scales": "e4m3"}), "modules.model.0.up.scales of the quantization_config"),
+    "scales of no kind": (module({"scales": 3}), "modules.model.0.up.scales of the quantization_config"),
     "a group of nothing": (quantization("group_size", 0), "group_size of the quantization_config in config.json is 0"),
     "no modules": (quantization("modules", {}), "modules of the quantization_config in config.json is {}"),
     "module of a bad name": (

@@ -20,6 +20,8 @@ INTEGERS = [
     Integer((2, 3, 4, 6, 8), 16, symmetric=True),
     Integer((3, 8), 256),
     Integer(tuple(range(1, 9)), 128),
+    Integer((2, 3, 4), 16, scales="int6"),
+    Integer((2, 4), 32, True, "e4m3-row"),
 ]
 TABLES: list[Format] = [
     *(Minifloat(number) for number in ("e4m3fn", "e5m2ieee", "e3m4", "e2m3", "e3m2", "e2m1")),
@@ -108,10 +110,13 @@ def test_bits_are_counted_exactly(format: Integer) -> None:
     weight, stats = weight_and_stats(20, 200)
     grid = format.fit(weight, stats)
     groups = -(-200 // (200 if format.group_size == -1 else format.group_size))
+    row = {"half": 16 * groups, "int6": 24 * -(-groups // 4) + 24 * -(-groups // 16), "e4m3-row": 8 * groups + 8}
+    scales = row[format.scales] * (1 if format.symmetric else 2)
     for level in range(1, grid.bits + 1):
-        expected = 20 * 200 * level + 20 * groups * (16 if format.symmetric else 32)
-        assert Codes(grid.quantize(weight), grid).num_bits(level) == expected
-    assert format.overhead(200) == groups * (16 if format.symmetric else 32)
+        assert Codes(grid.quantize(weight), grid).num_bits(level) == 20 * 200 * level + 20 * scales
+    assert format.overhead(200) == scales
+    for level in format.levels:
+        assert sum(8 * array.nbytes for array in grid.arrays(level).values()) == 20 * scales
 
 
 @pytest.mark.parametrize("format", TABLES, ids=str)
@@ -127,8 +132,7 @@ def test_bits_of_tables_are_counted_exactly(format: Format) -> None:
         if isinstance(format, Codebook):
             expected += 24 * 16 * 2**level
         elif store == "int6":
-            sixteens = -(-groups // 16)
-            expected += 24 * sixteens * (6 * 16 + 2 * 16)
+            expected += 24 * (24 * -(-groups // 4) + 24 * -(-groups // 16))
         else:
             expected += 24 * groups * SCALE_BITS[store]
             expected += {"e4m3": 32, "double": 32 + 32 * -(-24 * groups // 256)}.get(store, 0)
@@ -208,7 +212,7 @@ def test_bad_parameters_are_refused(arguments: tuple[object, ...], sentence: str
     [
         (lambda: Minifloat("e9m3"), "values: 'e9m3' is unknown; known: nf4, fp4, int2 to int8, eXmY"),
         (lambda: Minifloat("e2m1", 4), "minifloat: group_size=4 must be 8 to 256, or -1"),
-        (lambda: Minifloat("e2m1", 32, "half-a-byte"), "scales='half-a-byte' is unknown; known: double, e4m3, e8m0"),
+        (lambda: Minifloat("e2m1", 32, "half-a-byte"), "scales='half-a-byte' is unknown; known: double, e4m3"),
         (lambda: BlockScaled("e2m1", 512), "block-scaled: block_size=512 must be 8 to 256; MX has 32, NV 16"),
         (lambda: NormalFloat("e2m1"), "normal-float: number='e2m1' is neither nf4 nor fp4"),
         (lambda: NormalFloat("nf4", 4), "normal-float: group_size=4 must be 8 to 4096, or -1"),

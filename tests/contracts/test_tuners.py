@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,12 @@ CASES: list[Tuner] = [
     ScaleTuning(steps=3, rate=30.0),
     SignRound(steps=3, scale_rate=30.0),
 ]
-FORMATS = [Integer((2, 3, 5), 32), Integer((3,), -1), Integer((2, 4), 64, symmetric=True)]
+FORMATS = [
+    Integer((2, 3, 5), 32),
+    Integer((3,), -1),
+    Integer((2, 4), 64, symmetric=True),
+    Integer((2, 4), 16, scales="int6"),
+]
 
 
 def test_every_registered_tuner_has_a_case() -> None:
@@ -86,9 +92,12 @@ class Memory:
 
 
 def rounded(model: TwoLayers, format: Integer) -> dict[str, QuantizedWeight]:
-    return {
-        name: QuantizedWeight(RoundToNearest().solve(weight, format, Stats())) for name, weight in model.weights.items()
-    }
+    found = {}
+    for name, weight in model.weights.items():
+        (codes,) = RoundToNearest().solve(weight, format, Stats())
+        assert isinstance(codes, Codes)
+        found[name] = QuantizedWeight((replace(codes, grid=codes.grid.stored(format.scales)),))
+    return found
 
 
 def dressed(model: TwoLayers, format: Integer) -> dict[str, QuantizedWeight]:
@@ -151,6 +160,7 @@ def test_contract(
             for values in (after.grid.scale, after.grid.zero_point):
                 assert torch.equal(values, to_half(values)), "stored values are half precision"
             assert bool((after.grid.scale > 0).all())
+            assert torch.equal(after.grid.stored(format.scales).scale, after.grid.scale)
         again = tuner.tune(model, weights, levels, Memory())
         for name in terms:
             read = [[each.weights[name].dequantize(r) for r in levels] for each in (again, tuned)]

@@ -70,6 +70,8 @@ def test_a_recipe_of_nobody_has_no_words() -> None:
     some = recipes.get("gptq", levels=(3,), group_size=128, symmetric=True, inputs="quantized")
     expected = "gptq --levels 3 --group-size 128 --symmetric --inputs quantized"
     assert recipes.words(some) == expected.split()
+    small = recipes.get("nested", levels=(2, 3), scales="int6")
+    assert recipes.words(small) == ["nested", "--levels", "2,3", "--group-size", "64", "--scales", "int6"]
 
 
 def test_a_recipe_in_a_file(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import ElastiqError, Recipe
-from ..runtime.stored import ArraySpec, StoredMatrix
+from ..core import ArraySpec, ElastiqError, Recipe
+from ..runtime.stored import StoredMatrix
 from .files import json_bytes, range_chunks, sync_directory, write_durably
 from .manifest import Manifest
 from .names import (

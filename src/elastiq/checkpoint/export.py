@@ -15,8 +15,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..core import ElastiqError
-from ..runtime.stored import ArraySpec
+from ..core import ArraySpec, ElastiqError
 from .files import disk_errors, json_bytes, range_chunks, sync_directory, write_durably
 from .names import CONFIG, travels_along
 from .tensors import read_header, tensor_bytes, write_tensors

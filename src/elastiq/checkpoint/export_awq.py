@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.stored import ArraySpec, StoredMatrix
+from ..core import ArraySpec
+from ..runtime.stored import StoredMatrix
 from .export_integer import IntegerTarget, Packed, unpacked_modules
 from .view import View
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import ElastiqError
+from ..core import ArraySpec, ElastiqError
 from ..models.fused import fused_groups
-from ..runtime.stored import ArraySpec, StoredMatrix
+from ..runtime.stored import StoredMatrix
 from .bit_stream import pack_stream, unpack_stream
 from .export import ExportedMatrix, relative_error
 from .export_compressed_float import float_kind

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import ElastiqError
-from ..runtime.stored import ArraySpec, StoredMatrix
+from ..core import ArraySpec, ElastiqError
+from ..runtime.stored import StoredMatrix
 from ..terms import TableCodes, bits_of, values
 from .bit_stream import pack_stream, unpack_stream
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.stored import ArraySpec, StoredMatrix
+from ..core import ArraySpec
+from ..runtime.stored import StoredMatrix
 from .bit_stream import pack_stream, unpack_stream
 from .export_integer import IntegerTarget, Packed, main_width
 from .view import View

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..core import ElastiqError
-from ..runtime.stored import ArraySpec, StoredMatrix
+from ..core import ArraySpec, ElastiqError
+from ..runtime.stored import StoredMatrix
 from .export import Exported, ExportedMatrix, Target, directory_arrays, relative_error, write_directory
 from .view import View
 

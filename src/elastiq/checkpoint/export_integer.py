@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..core import ElastiqError
-from ..runtime.stored import ArraySpec, StoredMatrix
+from ..core import ArraySpec, ElastiqError
+from ..runtime.stored import StoredMatrix
 from .export import Exported, ExportedMatrix, Target, dense_model, directory_arrays, relative_error, write_directory
 from .view import GridCodes, View
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..core import MAX_BITS, ElastiqError
-from ..runtime.stored import ROLES, ArraySpec, StoredMatrix, readable_widths
+from ..core import MAX_BITS, ArraySpec, ElastiqError, storage
+from ..runtime.stored import ROLES, StoredMatrix, readable_widths
 from .names import BASE, FORMAT_VERSION, QUANT_METHOD, is_array_name, plane_file
 from .parts import from_rows, to_rows
 
@@ -58,6 +58,7 @@ class Manifest:
             "modules": {
                 m.name: {"role": m.role, "shape": list(m.shape), "group_size": m.group_size}
                 | ({} if m.coded else {"coded": False})
+                | ({} if m.scales == "half" else {"scales": m.scales})
                 | ({"parts": to_rows(m.parts)} if m.parts else {})
                 for m in self.matrices.values()
             },
@@ -109,7 +110,14 @@ def _matrix(name: str, row: object, levels: tuple[int, ...], symmetric: bool, wh
         raise ElastiqError(f"{where}: {name}: {error}") from None
     if type(coded) is not bool or not (coded or parts):
         raise _bad(where, f"modules.{name}.coded", coded)
-    return StoredMatrix(name, row["role"], tuple(shape), group_size, levels, symmetric, coded, parts)
+    scales = row.get("scales", "half")
+    try:
+        by_row = isinstance(scales, str) and storage(scales).by_row
+    except ElastiqError:
+        by_row = False
+    if not by_row:
+        raise _bad(where, f"modules.{name}.scales", scales)
+    return StoredMatrix(name, row["role"], tuple(shape), group_size, levels, symmetric, coded, parts, scales)
 
 
 def _whole(value: object, most: int = MAX_SIZE) -> bool:

@@ -10,8 +10,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ..core import ElastiqError, Recipe, Width, width_counts
-from ..runtime.stored import ArraySpec, readable_widths
+from ..core import ArraySpec, ElastiqError, Recipe, Width, width_counts
+from ..runtime.stored import readable_widths
 from .files import read_json, sha256
 from .manifest import Manifest
 from .names import BASE, CHECKSUMS, CONFIG, INDEX, LEVELS, RECIPE, is_plain, plane_file

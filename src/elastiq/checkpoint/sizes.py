@@ -62,9 +62,9 @@ def held_bytes(matrix: StoredMatrix, bits: Width) -> int:
         return 4 * len(bits) + sum(held_bytes(matrix.some(count), width) for width, count in counts.items())
     count = 0
     for plane in range(1, bits + 1):
-        coded = matrix.code_arrays(plane) if matrix.coded else {}
-        for name, (dtype, shape) in matrix.arrays(plane).items():
-            if name in coded:
+        tiled = matrix.tiled_arrays(plane)
+        for name, (dtype, shape) in (matrix.arrays(plane) | tiled).items():
+            if name in tiled:
                 *experts, rows, columns = shape
                 columns += -columns % (INPUTS // 8) if dtype == torch.uint8 else 0
                 shape = (*experts, rows + -rows % ROWS, columns)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import ElastiqError
-from ..runtime.stored import ArraySpec
+from ..core import ArraySpec, ElastiqError
 from .files import write_durably
 from .names import is_array_name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from .parts import from_rows, restored, stored_parts, to_rows
 from .tensors import read_header, tensor_bytes, write_tensors
 
 METADATA = "elastiq"
+_SCALE = re.compile(r"(?:scale|zero_point)_(\d)")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def write_unit_file(
                 "levels": m.levels,
                 "symmetric": m.symmetric,
                 "coded": m.coded,
+                "scales": m.scales,
                 "parts": to_rows(m.parts),
                 "sites": [site.name for site in members[m.name]],
             }
@@ -129,18 +132,19 @@ def _arrays(unit: Unit) -> Callable[[str], Tensor]:
 def _read_codes(matrix: StoredMatrix, arrays: Mapping[str, Tensor]) -> dict[int, Codes]:
     """The nested integer codes of a matrix, or of every expert, by its index."""
     planes = [arrays[plane_array(p)] for p in range(1, matrix.levels[-1] + 1)]
-    scale = torch.stack([arrays[f"scale_{r}"].float() for r in matrix.levels])
+    read = {name: array.float() for r in matrix.levels for name, array in matrix.decode_scales(r, arrays).items()}
+    scale = torch.stack([read[f"scale_{r}"] for r in matrix.levels])
     if matrix.symmetric:
         middles = torch.tensor([(2.0**r - 1) / 2 for r in matrix.levels])
         zero_point = middles.view(-1, *[1] * (scale.dim() - 1)).expand_as(scale).clone()
     else:
-        zero_point = torch.stack([arrays[f"zero_point_{r}"].float() for r in matrix.levels])
+        zero_point = torch.stack([read[f"zero_point_{r}"] for r in matrix.levels])
     found = {}
     for index in range(matrix.shape[0] if matrix.role == "expert" else 1):
         pick = (index,) if matrix.role == "expert" else ()
         codes = unpack_planes([plane[pick] for plane in planes], matrix.in_features).contiguous()
         each = (slice(None), *pick)
-        grid = Grid(matrix.levels, matrix.group_size, scale[each], zero_point[each], matrix.symmetric)
+        grid = Grid(matrix.levels, matrix.group_size, scale[each], zero_point[each], matrix.symmetric, matrix.scales)
         found[index] = Codes(codes, grid)
     return found
 
@@ -202,11 +206,9 @@ class _Payload:
             return
         tensor, short = name.rsplit(".", 1)
         members = self.members[tensor]
-        if short.startswith(("scale_", "zero_point_")):
-            kind, level = short.rsplit("_", 1)
+        if scale := _SCALE.match(short):
             for codes in members:
-                values = getattr(codes.grid, kind)[codes.grid.levels.index(int(level))]
-                yield tensor_bytes(values.half())
+                yield tensor_bytes(codes.grid.arrays(int(scale[1]))[short])
             return
         if self.packed[0] != tensor:
             self.packed = (tensor, [pack_planes(codes.codes, codes.grid.bits) for codes in members])
@@ -240,6 +242,10 @@ def _codes(site: Site, weight: QuantizedWeight) -> Codes | None:
         raise ElastiqError(f"{site.name}: scales are not finite half-precision values; pass them through to_half")
     if not grid.symmetric and not torch.equal(grid.zero_point, grid.zero_point.half().float()):
         raise ElastiqError(f"{site.name}: zero points are not finite half-precision values; pass them through to_half")
+    if grid.scales != "half":
+        read = grid.stored(grid.scales)
+        if not torch.equal(read.scale, grid.scale) or not torch.equal(read.zero_point, grid.zero_point):
+            raise ElastiqError(f"{site.name}: scales are not what {grid.scales} stores; pass them through Grid.stored")
     return term
 
 
@@ -254,19 +260,19 @@ def _stored(
     experts = [site.expert for site in sites]
     if len(kinds) != 1 or experts not in ([None], list(range(len(sites)))):
         raise ElastiqError(f"{tensor}: its matrices must be all experts from 0 on, of one shape and one format")
-    ((role, shape, group_size, levels, symmetric, coded),) = kinds
+    ((role, shape, group_size, levels, symmetric, coded, scales),) = kinds
     whole: tuple[int, ...] = shape if sites[0].expert is None else (len(sites), *shape)
-    return StoredMatrix(tensor, role, whole, group_size, levels, symmetric, coded, parts)
+    return StoredMatrix(tensor, role, whole, group_size, levels, symmetric, coded, parts, scales)
 
 
-def _format(site: Site, codes: Codes | None, weight: QuantizedWeight) -> tuple[int, tuple[int, ...], bool, bool]:
-    """group_size, levels, symmetric, coded."""
+def _format(site: Site, codes: Codes | None, weight: QuantizedWeight) -> tuple[int, tuple[int, ...], bool, bool, str]:
+    """group_size, levels, symmetric, coded, scales."""
     if codes is not None:
-        return codes.grid.group_size, codes.grid.levels, codes.grid.symmetric, True
+        return codes.grid.group_size, codes.grid.levels, codes.grid.symmetric, True, codes.grid.scales
     levels = getattr(weight.terms[0], "levels", None)
     if not isinstance(levels, tuple):
         raise ElastiqError(f"{site.name}: {type(weight.terms[0]).__name__} has no levels; it cannot stand first")
-    return getattr(weight.terms[0], "group_size", site.shape[1]), levels, False, False
+    return getattr(weight.terms[0], "group_size", site.shape[1]), levels, False, False, "half"
 
 
 def _check_rows(unit: str, rows: list[dict[str, Any]], weights: dict[Site, QuantizedWeight]) -> None:

@@ -83,9 +83,10 @@ class View:
         arrays = self.reader.read(name, bits)
         codes = unpack_planes([arrays[plane_array(plane)] for plane in range(1, bits + 1)], stored.in_features)
         own = stored.scale_level(bits)
-        scale = arrays[f"scale_{own}"].float()
+        read = stored.decode_scales(own, arrays)
+        scale = read[f"scale_{own}"].float()
         middle = (2**own - 1) / 2
-        zero = torch.full_like(scale, middle) if stored.symmetric else arrays[f"zero_point_{own}"].float()
+        zero = torch.full_like(scale, middle) if stored.symmetric else read[f"zero_point_{own}"].float()
         if own != bits:
             scale, zero = derive(scale, zero, own, bits)
         return GridCodes(codes.contiguous(), scale, zero, stored.group_size, bits)

@@ -28,6 +28,12 @@ from .options import DTYPES, Device, Format, Json, Model, Precision, Revision, u
 from .progress import Bars
 
 
+class Scales(StrEnum):
+    half = "half"
+    int6 = "int6"
+    e4m3_row = "e4m3-row"
+
+
 class Inputs(StrEnum):
     full = "full"
     quantized = "quantized"
@@ -54,6 +60,10 @@ def quantize_command(
     ] = None,
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric", help="Range is +-max; no zero points.", show_default=False)
+    ] = None,
+    scales: Annotated[
+        Scales | None,
+        typer.Option(help="How scales and zero points are stored; int6 takes half the bits.", show_default=False),
     ] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Quantize embeddings and output head too.")] = False,
     inputs: Annotated[
@@ -96,6 +106,7 @@ def quantize_command(
         "levels": None if levels is None else widths("--levels", levels),
         "group_size": group_size,
         "symmetric": symmetric,
+        "scales": None if scales is None else scales.value,
         "embeddings": embeddings or None,
         "inputs": None if inputs is Inputs.full else inputs.value,
     }

@@ -14,10 +14,11 @@ from .allocation import (
 )
 from .error import ElastiqError
 from .fold import Fold, fold_in, fold_out
-from .grid import MAX_BITS, MIN_SCALE, CodeGrid, Codes, Grid, derive, to_half
+from .grid import MAX_BITS, CodeGrid, Codes, Grid, derive
 from .level_map import LevelMap, Width, widest, width_counts
 from .part import Kept, Part, is_read
 from .recipe import Recipe
+from .scales import MIN_SCALE, ArraySpec, decode_level, encode_level, level_specs, rounded, storage, to_half
 from .site import Site
 from .stats import Rows, Statistic, Stats
 from .step import (
@@ -40,6 +41,7 @@ __all__ = [
     "MAX_BITS",
     "MIN_SCALE",
     "Allocator",
+    "ArraySpec",
     "Choices",
     "CodeGrid",
     "Codes",
@@ -73,12 +75,17 @@ __all__ = [
     "Tuned",
     "Tuner",
     "Width",
+    "decode_level",
     "derive",
+    "encode_level",
     "fold_in",
     "fold_out",
     "is_read",
+    "level_specs",
     "non_increasing",
+    "rounded",
     "step_from_dict",
+    "storage",
     "to_half",
     "widest",
     "width_counts",

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .error import ElastiqError
+from .scales import decode_level, encode_level, storage
 from .term import Term
 
-MIN_SCALE = 2.0**-24
-"""Smallest positive half-precision number: no stored scale is zero."""
 MAX_BITS = 8
-
-
-def to_half(x: Tensor) -> Tensor:
-    """float32 values as half precision stores them (saturating, never infinite)."""
-    return x.clamp(-65504.0, 65504.0).half().float()
 
 
 def derive(scale: Tensor, zero_point: Tensor, from_level: int, to_level: int) -> tuple[Tensor, Tensor]:
@@ -63,6 +57,7 @@ class Grid(CodeGrid):
     group_size: input channels per scale; the last group of a row may be shorter.
     scale, zero_point: [levels, out, groups] float32 holding half-precision values.
     symmetric: the zero point is the middle of the range, (2^level - 1) / 2, and is not stored.
+    scales: how they are stored (`scales.storage`).
     """
 
     levels: tuple[int, ...]
@@ -70,6 +65,7 @@ class Grid(CodeGrid):
     scale: Tensor
     zero_point: Tensor
     symmetric: bool = False
+    scales: str = "half"
 
     def parameters(self, level: int) -> tuple[Tensor, Tensor]:
         """(scale, zero_point), each [out, groups], of any level from 1 to `bits`; derived from the nearest lower
@@ -95,8 +91,26 @@ class Grid(CodeGrid):
 
     def num_bits(self, level: int) -> int:
         """Stored bits of the scales and zero points that a reader of `level` needs."""
-        per_group = 16 if self.symmetric else 32
-        return per_group * self.scale[0].numel()
+        rows, groups = self.scale.shape[1:]
+        return (1 if self.symmetric else 2) * rows * storage(self.scales).row_bits(groups)
+
+    def arrays(self, level: int) -> dict[str, Tensor]:
+        """What is stored for one of `levels`, by short name."""
+        index = self.levels.index(level)
+        zero_point = None if self.symmetric else self.zero_point[index]
+        return encode_level(self.scales, level, self.scale[index], zero_point)
+
+    def stored(self, scales: str) -> Grid:
+        """The same with its scales and zero points as a reader sees them when they are stored as `scales` says."""
+        changed = replace(self, scales=scales, scale=self.scale.clone(), zero_point=self.zero_point.clone())
+        for index, level in enumerate(self.levels):
+            scale, zero_point = decode_level(
+                scales, level, changed.arrays(level), self.scale.shape[2], self.symmetric
+            )
+            changed.scale[index] = scale.float()
+            if zero_point is not None:
+                changed.zero_point[index] = zero_point.float()
+        return changed
 
     def _columns(self, level: int, first: int, width: int) -> tuple[Tensor, Tensor]:
         scale, zero = self.parameters(level)

@@ -1,4 +1,8 @@
-"""Ways of storing the scales of a format: one number per row and group."""
+"""Ways of storing the scales of a format: one number per row and group.
+
+`encode_level` and `decode_level` are for the scales and zero points of nested codes, which every level has of its own.
+Their readers take half precision, so that is what they decode to.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +15,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import MIN_SCALE, ElastiqError, to_half
+from .error import ElastiqError
 
+ArraySpec = tuple[torch.dtype, tuple[int, ...]]
+"""Type and shape of a stored array."""
+MIN_SCALE = 2.0**-24
+"""Smallest positive half-precision number: no stored scale is zero."""
 _SECOND = 16
 """Neighbouring scales of a row that share a second-level range (SpQR, 2306.03078, section 4; K-quants take 8 or 16)."""
 
 
 class ScaleStorage(ABC):
-    """Scales [out, groups] float32 to arrays and back; a class that names itself registers."""
+    """Scales [out, groups] float32 to arrays and back; a class that names itself registers.
+
+    by_row: every array has a row for each row of scales, so that rows can be told apart.
+    """
 
     registry: ClassVar[dict[str, type[ScaleStorage]]] = {}
     bits: ClassVar[int]
+    by_row: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, name: str, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -56,10 +68,79 @@ def rounded(name: str, scale: Tensor) -> Tensor:
     return kind.decode(kind.encode(scale), (scale.shape[0], scale.shape[1]))
 
 
+def to_half(x: Tensor) -> Tensor:
+    """float32 values as half precision stores them (saturating, never infinite)."""
+    return x.clamp(-65504.0, 65504.0).half().float()
+
+
+def encode_level(name: str, level: int, scale: Tensor, zero_point: Tensor | None) -> dict[str, Tensor]:
+    """Arrays by short name of the scales and zero points [..., out, groups] of one level, stored as `name` says.
+
+    zero_point: None where it is the middle of the range. Otherwise, but in half precision, its distance from the middle
+    is stored.
+    """
+    found = {}
+    for kind, values in (("scale", scale), ("zero_point", zero_point)):
+        if values is None:
+            continue
+        if name != "half" and kind == "zero_point":
+            values = values - _middle(level)
+        for suffix, array in storage(name).encode(values.flatten(0, -2)).items():
+            found[_short(name, kind, level, suffix)] = array.unflatten(0, values.shape[:-1])
+    return found
+
+
+def decode_level(
+    name: str, level: int, arrays: Mapping[str, Tensor], groups: int, symmetric: bool
+) -> tuple[Tensor, Tensor | None]:
+    """float16 scale and zero point [..., out, groups] of what `encode_level` gave; a scale is above zero."""
+    kinds = ("scale",) if symmetric else ("scale", "zero_point")
+    if name == "half":
+        scale, *zero = (arrays[f"{kind}_{level}"] for kind in kinds)
+        return scale, zero[0] if zero else None
+    found = []
+    for kind in kinds:
+        own = {suffix: arrays[_short(name, kind, level, suffix)] for suffix in _suffixes(name)}
+        rows = own[""].shape[:-1]
+        flat = storage(name).decode({suffix: array.flatten(0, -2) for suffix, array in own.items()}, (-1, groups))
+        found.append(flat.unflatten(0, rows))
+    zero_point = None if symmetric else to_half(found[1] + _middle(level)).half()
+    return to_half(found[0]).clamp_min(MIN_SCALE).half(), zero_point
+
+
+def level_specs(name: str, level: int, shape: tuple[int, ...], symmetric: bool) -> dict[str, ArraySpec]:
+    """Type and shape of those arrays for scales of `shape` [..., out, groups]."""
+    one = storage(name).encode(torch.ones(1, shape[-1]))
+    return {
+        _short(name, kind, level, suffix): (array.dtype, (*shape[:-1], array.shape[1]))
+        for kind in (("scale",) if symmetric else ("scale", "zero_point"))
+        for suffix, array in one.items()
+    }
+
+
+def _short(name: str, kind: str, level: int, suffix: str) -> str:
+    return f"{kind}_{level}" if name == "half" else f"{kind}_{level}{suffix or '_codes'}"
+
+
+@cache
+def _suffixes(name: str) -> tuple[str, ...]:
+    return tuple(storage(name).encode(torch.ones(1, 1)))
+
+
+def _middle(level: int) -> float:
+    return (2**level - 1) / 2
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """The smallest power of two that is not below x, its exponent; at least the one of the smallest half."""
+    return x.double().clamp_min(MIN_SCALE).log2().ceil()
+
+
 class Half(ScaleStorage, name="half"):
     """float16."""
 
     bits = 16
+    by_row = True
 
     @staticmethod
     def encode(scale: Tensor) -> dict[str, Tensor]:
@@ -114,32 +195,63 @@ class Float8(ScaleStorage, name="e4m3"):
         return (arrays[""].view(torch.float8_e4m3fn).float() * arrays["_top"]).view(shape)
 
 
-class SecondLevel(ScaleStorage, name="int6"):
-    """6-bit integers in a float16 range per 16 neighbouring groups (SpQR, 2306.03078, section 4; K-quants)."""
+class RowFloat8(ScaleStorage, name="e4m3-row"):
+    """FP8 E4M3 times a power of two per row. What is read back and stored again stays the same."""
+
+    bits = 8
+    by_row = True
 
     @classmethod
     def row_bits(cls, groups: int) -> int:
-        return -(-groups // _SECOND) * (6 * _SECOND + 2 * 16)
+        return 8 * groups + 8
 
     @staticmethod
     def encode(scale: Tensor) -> dict[str, Tensor]:
-        padded = F.pad(scale[None], (0, -scale.shape[1] % _SECOND), mode="replicate")[0].unflatten(1, (-1, _SECOND))
-        low = to_half(padded.amin(-1))
-        step = to_half((padded.amax(-1) - low) / 63).clamp_min(MIN_SCALE)
-        codes = ((padded - low[..., None]) / step[..., None]).round().clamp(0, 63).to(torch.uint8).flatten(1)
+        power = _exponent(scale.abs().amax(1, keepdim=True) / 448)
+        small = (scale / torch.exp2(power)).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return {"": small.view(torch.uint8), "_row": power.to(torch.int8)}
+
+    @staticmethod
+    def decode(arrays: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        return arrays[""].view(torch.float8_e4m3fn).float().view(shape) * torch.exp2(arrays["_row"].float())
+
+
+class SecondLevel(ScaleStorage, name="int6"):
+    """6-bit integers from a whole number on, times a power of two, per 16 neighbouring groups (SpQR, 2306.03078,
+    section 4; K-quants). There steps and starts are any numbers; here what is read back and stored again stays the
+    same, and half precision holds it."""
+
+    by_row = True
+
+    @classmethod
+    def row_bits(cls, groups: int) -> int:
+        return 24 * -(-groups // 4) + 24 * -(-groups // _SECOND)
+
+    @staticmethod
+    def encode(scale: Tensor) -> dict[str, Tensor]:
+        blocks = F.pad(scale[None], (0, -scale.shape[1] % _SECOND), mode="replicate")[0].unflatten(1, (-1, _SECOND))
+        blocks = blocks.double()
+        low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+        size = torch.maximum(low.abs(), high.abs())
+        power = torch.maximum(_exponent((high - low) / 63), _exponent(size / 2048))
+        for _ in range(2):  # rounding may make a range longer by one
+            unit = torch.exp2(power)
+            first = (low / unit).round().clamp(-2047, 2047)
+            power += ((high / unit).round().clamp(-2047, 2047) - first > 63).double()
+        codes = (blocks / unit).round().clamp(-2047, 2047).sub_(first).to(torch.uint8).flatten(1)
+        codes = codes[:, : 4 * -(-scale.shape[1] // 4)]
         four = codes.unflatten(1, (-1, 4)).int()  # four codes of 6 bits make three bytes
         word = four[..., 0] | four[..., 1] << 6 | four[..., 2] << 12 | four[..., 3] << 18
         packed = torch.stack([(word >> shift) & 255 for shift in (0, 8, 16)], -1).to(torch.uint8).flatten(1)
-        return {"": packed, "_low": low.half(), "_step": step.half()}
+        return {"": packed, "_first": first[..., 0].to(torch.int16), "_step": power[..., 0].to(torch.int8)}
 
     @staticmethod
     def decode(arrays: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         three = arrays[""].unflatten(1, (-1, 3)).int()
         word = three[..., 0] | three[..., 1] << 8 | three[..., 2] << 16
         codes = torch.stack([(word >> shift) & 63 for shift in (0, 6, 12, 18)], -1).flatten(1)
-        low, step = (arrays[name].float()[..., None] for name in ("_low", "_step"))
-        values = codes.unflatten(1, (-1, _SECOND)) * step + low
-        return values.flatten(1)[:, : shape[1]].contiguous()
+        first, unit = (arrays[name].repeat_interleave(_SECOND, 1)[:, : codes.shape[1]] for name in ("_first", "_step"))
+        return ((codes + first).float() * torch.exp2(unit.float()))[:, : shape[1]].contiguous()
 
 
 class DoubleQuantized(ScaleStorage, name="double"):

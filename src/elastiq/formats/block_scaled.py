@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core import ElastiqError, Format, Stats
-from ..terms import TableGrid, bits_of, storage, values
+from ..core import ElastiqError, Format, Stats, storage
+from ..terms import TableGrid, bits_of, values
 from ..terms.fitting import group_columns, largest
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core import MAX_BITS, ElastiqError, Format, Grid, Stats
+from ..core import MAX_BITS, ElastiqError, Format, Grid, Stats, storage
 from ..linalg import columns
 
 
@@ -19,6 +19,9 @@ class Integer(Format, name="integer"):
     levels: widths with scales of their own, ascending, 1 to 8; codes have the last one's width.
     group_size: 16 to 256 input channels, or -1 for the whole row; the last group of a row may be shorter.
     symmetric: the range is +-max and the zero point the middle of it, which costs no storage.
+    scales: how scales and zero points are stored: `half`; `int6`, in about 8 bits, second-level quantized (SpQR,
+        2306.03078, section 4); `e4m3-row`, in 8-bit floats. They are rounded after the solver, which narrow levels
+        hardly notice and levels above 4 bits do.
 
     `fit` searches how far to clip each group's range, weighing squared errors by the Hessian's diagonal
     (the search of AWQ, 2306.00978, and OmniQuant, 2308.13137, without gradient, on the range itself).
@@ -27,6 +30,7 @@ class Integer(Format, name="integer"):
     levels: tuple[int, ...] = (2, 3, 4, 6, 8)
     group_size: int = 64
     symmetric: bool = False
+    scales: str = "half"
 
     needs: ClassVar[frozenset[str]] = frozenset({"diagonal"})
 
@@ -37,9 +41,12 @@ class Integer(Format, name="integer"):
             raise ElastiqError(f"integer: levels={self.levels} must lie between 1 and {MAX_BITS}")
         if self.group_size != -1 and not 16 <= self.group_size <= 256:
             raise ElastiqError(f"integer: group_size={self.group_size} must be 16 to 256, or -1 for the whole row")
+        if not storage(self.scales).by_row:
+            raise ElastiqError(f"integer: scales={self.scales!r} does not store each row by itself; use half or int6")
 
     def overhead(self, in_features: int) -> int:
-        return (16 if self.symmetric else 32) * -(-in_features // self._columns_per_group(in_features))
+        groups = -(-in_features // self._columns_per_group(in_features))
+        return (1 if self.symmetric else 2) * storage(self.scales).row_bits(groups)
 
     def fit(self, weight: Tensor, stats: Stats) -> Grid:
         if weight.dim() == 2:
@@ -54,7 +61,8 @@ class Integer(Format, name="integer"):
             for part, share in zip(weight.split(size), importance.split(size), strict=True)
         ]
         scale, zero = (torch.stack(part, dim=-1) for part in zip(*fitted, strict=True))
-        return Grid(self.levels, size, scale, zero, self.symmetric)
+        grid = Grid(self.levels, size, scale, zero, self.symmetric)
+        return grid if self.scales == "half" else grid.stored(self.scales)
 
     def _columns_per_group(self, in_features: int) -> int:
         return in_features if self.group_size == -1 else min(self.group_size, in_features)

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..core import MIN_SCALE, ElastiqError, Format, Stats
-from ..terms import TableGrid, bits_of, storage
+from ..core import MIN_SCALE, ElastiqError, Format, Stats, storage
+from ..terms import TableGrid, bits_of
 from ..terms.fitting import fit_scales, group_columns
 
 

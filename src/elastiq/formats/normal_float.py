@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..core import ElastiqError, Format, Stats
-from ..terms import TableGrid, storage, values
+from ..core import ElastiqError, Format, Stats, storage
+from ..terms import TableGrid, values
 from ..terms.fitting import group_columns, largest
 
 

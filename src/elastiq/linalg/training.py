@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core import MIN_SCALE, Codes, ElastiqError, Grid, Journal, Objective, QuantizedWeight, Tuned, Tuner, to_half
+from ..core import (
+    MIN_SCALE,
+    Codes,
+    ElastiqError,
+    Grid,
+    Journal,
+    Objective,
+    QuantizedWeight,
+    Tuned,
+    Tuner,
+    decode_level,
+    encode_level,
+)
 
 _STEPS_PER_SAVE = 8
 
@@ -23,11 +35,12 @@ class Scales:
     """Scale and zero point [out, groups] of one level, with changes that are trained.
 
     A change of the scale is relative to it, one of the zero point in halves of the code's range, so that a step of
-    either moves a group's extremes alike. Values pass through half precision, as they are stored.
+    either moves a group's extremes alike. Values pass through what they are stored as.
     """
 
     def __init__(self, grid: Grid, level: int) -> None:
         self._index, self._half_range = grid.levels.index(level), (2.0**level - 1) / 2
+        self._level, self._stored = level, grid.scales
         self._scale, self._zero_point = grid.scale[self._index], grid.zero_point[self._index]
         self.trained = [torch.zeros_like(self._scale, requires_grad=True)]
         if not grid.symmetric:
@@ -35,10 +48,15 @@ class Scales:
 
     def now(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point, with gradients for the changes."""
-        scale = _half(self._scale * (1 + self.trained[0])).clamp_min(MIN_SCALE)
-        if len(self.trained) == 1:
-            return scale, self._zero_point
-        return scale, _half(self._zero_point + self._half_range * self.trained[1])
+        scale = (self._scale * (1 + self.trained[0])).clamp_min(MIN_SCALE)
+        zero_point = None
+        if len(self.trained) == 2:
+            zero_point = self._zero_point + self._half_range * self.trained[1]
+        with torch.no_grad():
+            stored = encode_level(self._stored, self._level, scale, zero_point)
+            read = decode_level(self._stored, self._level, stored, scale.shape[1], zero_point is None)
+        scale = _as_read(scale, read[0])
+        return scale, self._zero_point if zero_point is None else _as_read(zero_point, read[1])
 
     def put(self, scale: Tensor, zero_point: Tensor) -> None:
         """Write them into a grid's tensors [levels, out, groups]."""
@@ -358,9 +376,10 @@ class MovingTuner(JointTuner):
         return kept_if_better(weights, parts, before, after)
 
 
-def _half(x: Tensor) -> Tensor:
-    """Rounded as it is stored; gradients pass through."""
-    return to_half(x).detach() + (x - x.detach())
+def _as_read(x: Tensor, read: Tensor | None) -> Tensor:
+    """What is read in the place of x; gradients pass through."""
+    assert read is not None
+    return read.float() + (x - x.detach())
 
 
 class _Decode(torch.autograd.Function):

@@ -79,8 +79,9 @@ def get(name: str, **options: Any) -> Recipe:
 
 def words(recipe: Recipe) -> list[str] | None:
     """What follows --recipe on a command line that makes this recipe; None for one that has no name."""
-    slots = recipe.to_dict()
-    given = {"levels": recipe.levels, **{key: slots["format"].get(key) for key in ("group_size", "symmetric")}}
+    format = recipe.format.to_dict()
+    keys = ("group_size", "symmetric", "scales") if format["name"] == "integer" else ("group_size",)
+    given = {"levels": recipe.levels, **{key: format.get(key) for key in keys}}
     given |= {"embeddings": recipe.embeddings, "inputs": recipe.inputs}
     for name, make in _ALL.items():
         known = _options(make)
@@ -95,6 +96,8 @@ def words(recipe: Recipe) -> list[str] | None:
             found += ["--levels", ",".join(map(str, recipe.levels))]
         if "group_size" in taken:
             found += ["--group-size", str(taken["group_size"])]
+        if taken.get("scales", "half") != "half":
+            found += ["--scales", str(taken["scales"])]
         found += [f"--{key}" for key in ("symmetric", "embeddings") if taken.get(key)]
         return found + (["--inputs", recipe.inputs] if recipe.inputs != "full" else [])
     return None

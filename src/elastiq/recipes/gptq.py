@@ -14,6 +14,7 @@ def gptq(
     group_size: int = 64,
     *,
     symmetric: bool = False,
+    scales: str = "half",
     embeddings: bool = False,
     inputs: str = "full",
     token_weights: str = "output",
@@ -23,4 +24,5 @@ def gptq(
 
     solver: parameters of `GPTQ`. Everything else as in `Integer` and `Recipe`.
     """
-    return Recipe(Integer(tuple(levels), group_size, symmetric), GPTQ(**solver), embeddings, inputs, token_weights)
+    format = Integer(tuple(levels), group_size, symmetric, scales)
+    return Recipe(format, GPTQ(**solver), embeddings, inputs, token_weights)

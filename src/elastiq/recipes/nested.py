@@ -14,6 +14,7 @@ def nested(
     group_size: int = 64,
     *,
     symmetric: bool = False,
+    scales: str = "half",
     embeddings: bool = False,
     inputs: str = "full",
     token_weights: str = "output",
@@ -23,4 +24,5 @@ def nested(
 
     solver: parameters of `Nested`. Everything else as in `Integer` and `Recipe`.
     """
-    return Recipe(Integer(tuple(levels), group_size, symmetric), Nested(**solver), embeddings, inputs, token_weights)
+    format = Integer(tuple(levels), group_size, symmetric, scales)
+    return Recipe(format, Nested(**solver), embeddings, inputs, token_weights)

@@ -14,6 +14,7 @@ def rtn(
     group_size: int = 64,
     *,
     symmetric: bool = False,
+    scales: str = "half",
     embeddings: bool = False,
     inputs: str = "full",
     token_weights: str = "output",
@@ -23,6 +24,5 @@ def rtn(
 
     solver: parameters of `RoundToNearest`. Everything else as in `Integer` and `Recipe`.
     """
-    return Recipe(
-        Integer(tuple(levels), group_size, symmetric), RoundToNearest(**solver), embeddings, inputs, token_weights
-    )
+    format = Integer(tuple(levels), group_size, symmetric, scales)
+    return Recipe(format, RoundToNearest(**solver), embeddings, inputs, token_weights)

@@ -67,7 +67,7 @@ class NestedMatrix(nn.Module):
         NestedMatrix.changes += 1
         level = self.stored.scale_level(bits)
         planes = [plane_array(plane) for plane in range(1, bits + 1)]
-        self._names = (*planes, *self.stored.scale_arrays(level))
+        self._names = (*planes, *self.stored.scale_names(level))
         self._level = level
         self._tiled = None
 
@@ -77,13 +77,15 @@ class NestedMatrix(nn.Module):
         found = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
         if found != specs:
             raise ElastiqError(f"{self.stored.name}: plane {self._planes + 1} is {found}, not {specs}")
-        coded = self.stored.code_arrays(self._planes + 1) if self.stored.coded else {}
-        for name, array in arrays.items():
-            array = array.to(self._like.device)
-            if name in coded:
-                array = tile_plane(array) if array.dtype == torch.uint8 else tile_scale(array)
-            self.register_buffer(name, array)
         self._planes += 1
+        arrays = {name: array.to(self._like.device) for name, array in arrays.items()}
+        level = self.stored.level_of(self._planes)
+        read = self.stored.decode_scales(level, arrays) if self.stored.coded and level is not None else {}
+        tiled = self.stored.tiled_arrays(self._planes)
+        for name, array in (arrays | read).items():
+            if name in tiled:
+                array = tile_plane(array) if array.dtype == torch.uint8 else tile_scale(array)
+            self.register_buffer(name, array, persistent=name in arrays)
         NestedMatrix.changes += 1
 
     def arrays(self) -> dict[str, Tensor]:
@@ -91,10 +93,10 @@ class NestedMatrix(nn.Module):
         *_, rows, inputs = self.stored.shape
         held = {}
         for plane in range(1, self._planes + 1):
-            coded = self.stored.code_arrays(plane) if self.stored.coded else {}
+            tiled = self.stored.tiled_arrays(plane)
             for name, (dtype, _) in self.stored.arrays(plane).items():
                 array = self.get_buffer(name)
-                if name not in coded:
+                if name not in tiled:
                     held[name] = array
                     continue
                 held[name] = untile_plane(array, rows, inputs) if dtype == torch.uint8 else untile_scale(array, rows)
@@ -175,7 +177,8 @@ class NestedMatrix(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves between devices apply to what is stored, changes of dtype do not."""
-        names = {name for plane in range(1, self._planes + 1) for name in self.stored.arrays(plane)}
+        planes = range(1, self._planes + 1)
+        names = {name for plane in planes for name in (*self.stored.arrays(plane), *self.stored.tiled_arrays(plane))}
         kept = {id(b) for n, b in self.named_buffers(recurse=False) if n in names and b.is_floating_point()}
 
         def keep_dtype(tensor: Tensor) -> Tensor:

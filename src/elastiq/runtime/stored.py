@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from ..core import ElastiqError, Part, Width, is_read, width_counts
+from ..core import ArraySpec, ElastiqError, Part, Width, decode_level, is_read, level_specs, width_counts
 
 ROLES = ("linear", "conv1d", "expert", "embedding", "head")
-
-ArraySpec = tuple[torch.dtype, tuple[int, ...]]
-"""Type and shape of a stored array."""
 
 
 def plane_array(plane: int) -> str:
@@ -64,6 +61,7 @@ class StoredMatrix:
     group_size: input channels per scale; the last group of a row may be shorter.
     levels: widths with scales of their own, ascending.
     symmetric: zero points are the middle of the range and not stored.
+    scales: how scales and zero points are stored (`core.storage`).
     coded: it has nested integer codes; otherwise it consists of `parts` alone.
     parts: folds and side terms, those of one expert in their order.
     """
@@ -76,6 +74,7 @@ class StoredMatrix:
     symmetric: bool = False
     coded: bool = True
     parts: tuple[StoredPart, ...] = field(default=())
+    scales: str = "half"
 
     @property
     def out_features(self) -> int:
@@ -91,21 +90,32 @@ class StoredMatrix:
 
     def arrays(self, plane: int) -> dict[str, ArraySpec]:
         """Arrays that travel with `plane` (from 1), by short name; the lowest level's scales travel with plane 1."""
-        specs = self.code_arrays(plane) if self.coded else {}
+        specs = self._coded_arrays(plane, self.scale_arrays)
         return specs | {name: (a.dtype, a.shape) for name, a in self._part_arrays() if a.plane == plane}
 
-    def code_arrays(self, plane: int) -> dict[str, ArraySpec]:
-        """Those of them that belong to nested integer codes."""
-        packed = (*self.shape[:-1], -(-self.in_features // 8))
-        specs: dict[str, ArraySpec] = {plane_array(plane): (torch.uint8, packed)}
-        level = self.levels[0] if plane == 1 else plane
-        if level in self.levels and (plane == 1 or level != self.levels[0]):
-            specs |= dict.fromkeys(self.scale_arrays(level), (torch.float16, self._scale_shape()))
-        return specs
+    def tiled_arrays(self, plane: int) -> dict[str, ArraySpec]:
+        """What a model holds in tile order once it has the nested codes of `plane`, by short name."""
+        half: ArraySpec = (torch.float16, self._scale_shape())
+        return self._coded_arrays(plane, lambda level: dict.fromkeys(self.scale_names(level), half))
 
-    def scale_arrays(self, level: int) -> tuple[str, ...]:
-        """Short names of the scales and zero points of a level that has its own."""
+    def level_of(self, plane: int) -> int | None:
+        """The level whose scales travel with `plane`."""
+        level = self.levels[0] if plane == 1 else plane
+        return level if level in self.levels and (plane == 1 or level != self.levels[0]) else None
+
+    def scale_arrays(self, level: int) -> dict[str, ArraySpec]:
+        """Arrays of the scales and zero points of a level that has its own, by short name."""
+        return level_specs(self.scales, level, self._scale_shape(), self.symmetric)
+
+    def scale_names(self, level: int) -> tuple[str, ...]:
+        """What products call them."""
         return (f"scale_{level}",) if self.symmetric else (f"scale_{level}", f"zero_point_{level}")
+
+    def decode_scales(self, level: int, arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """float16 scale and zero point [..., out, groups] of a level that has its own, by those names."""
+        groups = self._scale_shape()[-1]
+        found = decode_level(self.scales, level, arrays, groups, self.symmetric)
+        return {name: array for name, array in zip(self.scale_names(level), found, strict=False) if array is not None}
 
     def read_names(self, bits: int) -> list[str]:
         """Short names of the arrays that a reader of `bits` needs."""
@@ -137,13 +147,20 @@ class StoredMatrix:
         )
         if not self.coded:
             return parts
-        plane = math.prod(self.code_arrays(1)["weight"][1]) * 8
-        scales = len(self.scale_arrays(self.levels[0])) * math.prod(self._scale_shape()) * 16
-        return bits * plane + scales + parts
+        plane = 8 * math.prod(self.arrays(1)["weight"][1])
+        scales = self.scale_arrays(self.levels[0]).values()
+        return bits * plane + parts + sum(8 * math.prod(shape) * dtype.itemsize for dtype, shape in scales)
 
     def scale_level(self, bits: int) -> int:
         """The level whose scales a reader of `bits` uses: the nearest lower one, or the lowest."""
         return max((level for level in self.levels if level <= bits), default=self.levels[0])
+
+    def _coded_arrays(self, plane: int, scales: Callable[[int], dict[str, ArraySpec]]) -> dict[str, ArraySpec]:
+        """The nested codes of `plane` and what `scales` gives for the level that comes with it."""
+        if not self.coded:
+            return {}
+        packed, level = (*self.shape[:-1], -(-self.in_features // 8)), self.level_of(plane)
+        return {plane_array(plane): (torch.uint8, packed)} | ({} if level is None else scales(level))
 
     def _part_arrays(self) -> Iterator[tuple[str, StoredArray]]:
         return ((part.prefix + name, array) for part in self.parts for name, array in part.arrays.items())

@@ -1,7 +1,6 @@
 """Kinds of terms, grids and folds that formats, splits, solvers, compensators and transforms are made of."""
 
 from .folds import Diagonal, Hadamard
-from .scales import rounded, storage
 from .sides import Channels, LowRank, Shift, Sparse
 from .signs import SignStack
 from .table import TableCodes, TableGrid
@@ -18,7 +17,5 @@ __all__ = [
     "TableCodes",
     "TableGrid",
     "bits_of",
-    "rounded",
-    "storage",
     "values",
 ]

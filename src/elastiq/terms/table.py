@@ -10,9 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..core import CodeGrid, ElastiqError, Kept, SideTerm
+from ..core import CodeGrid, ElastiqError, Kept, SideTerm, storage
 from ..linalg import pack_planes, unpack_planes
-from .scales import storage
 from .values import values
 
 
