@@ -14,6 +14,9 @@ from torch import Tensor
 from ..core import Fold, Kept, Stats, to_half
 from ..linalg import pack_planes, unpack_planes
 
+_PART = 64
+"""Largest Hadamard matrix that is multiplied by."""
+
 
 @dataclass(frozen=True)
 class Diagonal(Fold, kind="diagonal"):
@@ -97,19 +100,27 @@ class Hadamard(Fold, kind="hadamard"):
 
 
 def _mix(x: Tensor) -> Tensor:
-    """(H_p ⊗ C_m) x along the last axis, of size p m."""
+    """(H_p ⊗ C_m) x along the last axis, of size p m; H_p as the product of smaller ones, a matrix product each."""
     size = x.shape[-1]
-    power = size & -size
+    left = power = size & -size
     out = x.unflatten(-1, (power, size // power))
     if size > power:
         out = out @ _hartley(size // power).to(out)
-    step = 1
-    while step < power:
-        pairs = out.unflatten(-2, (-1, 2, step))
-        first, second = pairs[..., 0, :, :], pairs[..., 1, :, :]
-        out = torch.stack([first + second, first - second], dim=-3).flatten(-4, -2)
-        step *= 2
-    return out.flatten(-2) / math.sqrt(power)
+    out = out.transpose(-1, -2)
+    while left > 1:
+        part = min(left, _PART)
+        out = (out.unflatten(-1, (-1, part)) @ _hadamard(part).to(out)).transpose(-1, -2).flatten(-2)
+        left //= part
+    return out.transpose(-1, -2).flatten(-2) / math.sqrt(power)
+
+
+@cache
+def _hadamard(size: int) -> Tensor:
+    """[size, size] of Sylvester's construction, not normalised."""
+    found = torch.ones(1, 1)
+    while len(found) < size:
+        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+    return found
 
 
 @cache
