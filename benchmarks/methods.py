@@ -27,7 +27,11 @@ Row = dict[str, Any]
 def cases() -> Iterator[tuple[str, Recipe]]:
     """Name and recipe of every row, or of several where one file gives several widths."""
     yield "nested", recipes.nested()
+    yield "nested-int6", recipes.nested(scales="int6")
+    yield "nested-rotated", replace(recipes.nested(), transforms=(RandomHadamard(),))
     yield "nested-tuned", recipes.nested_tuned()
+    yield "nested-tuned-int6", recipes.nested_tuned(scales="int6")
+    yield "nested-tuned-rotated", replace(recipes.nested_tuned(), transforms=(RandomHadamard(),))
     yield "nested-tuned-blocks", recipes.nested_tuned_blocks()
     yield "matquant", recipes.matquant(WIDTHS)
     for bits in WIDTHS:
