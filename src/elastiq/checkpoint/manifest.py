@@ -112,10 +112,10 @@ def _matrix(name: str, row: object, levels: tuple[int, ...], symmetric: bool, wh
         raise _bad(where, f"modules.{name}.coded", coded)
     scales = row.get("scales", "half")
     try:
-        by_row = isinstance(scales, str) and storage(scales).by_row
+        known = isinstance(scales, str) and bool(storage(scales).row(1))
     except ElastiqError:
-        by_row = False
-    if not by_row:
+        known = False
+    if not known:
         raise _bad(where, f"modules.{name}.scales", scales)
     return StoredMatrix(name, row["role"], tuple(shape), group_size, levels, symmetric, coded, parts, scales)
 

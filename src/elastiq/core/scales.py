@@ -26,23 +26,24 @@ _SECOND = 16
 
 
 class ScaleStorage(ABC):
-    """Scales [out, groups] float32 to arrays and back; a class that names itself registers.
-
-    by_row: every array has a row for each row of scales, so that rows can be told apart.
-    """
+    """Scales [out, groups] float32 to arrays and back; a class that names itself registers."""
 
     registry: ClassVar[dict[str, type[ScaleStorage]]] = {}
     bits: ClassVar[int]
-    by_row: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, name: str, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         ScaleStorage.registry[name] = cls
 
     @classmethod
+    def row(cls, groups: int) -> dict[str, tuple[torch.dtype, int]]:
+        """Type and length of what is stored of a row, by suffix; empty where rows share something."""
+        return {}
+
+    @classmethod
     def row_bits(cls, groups: int) -> int:
         """Stored bits of a row, without what all rows share."""
-        return cls.bits * groups
+        return sum(8 * dtype.itemsize * count for dtype, count in cls.row(groups).values()) or cls.bits * groups
 
     @staticmethod
     @abstractmethod
@@ -100,7 +101,7 @@ def decode_level(
         return scale, zero[0] if zero else None
     found = []
     for kind in kinds:
-        own = {suffix: arrays[_short(name, kind, level, suffix)] for suffix in _suffixes(name)}
+        own = {suffix: arrays[_short(name, kind, level, suffix)] for suffix in storage(name).row(groups)}
         rows = own[""].shape[:-1]
         flat = storage(name).decode({suffix: array.flatten(0, -2) for suffix, array in own.items()}, (-1, groups))
         found.append(flat.unflatten(0, rows))
@@ -110,21 +111,15 @@ def decode_level(
 
 def level_specs(name: str, level: int, shape: tuple[int, ...], symmetric: bool) -> dict[str, ArraySpec]:
     """Type and shape of those arrays for scales of `shape` [..., out, groups]."""
-    one = storage(name).encode(torch.ones(1, shape[-1]))
     return {
-        _short(name, kind, level, suffix): (array.dtype, (*shape[:-1], array.shape[1]))
+        _short(name, kind, level, suffix): (dtype, (*shape[:-1], count))
         for kind in (("scale",) if symmetric else ("scale", "zero_point"))
-        for suffix, array in one.items()
+        for suffix, (dtype, count) in storage(name).row(shape[-1]).items()
     }
 
 
 def _short(name: str, kind: str, level: int, suffix: str) -> str:
     return f"{kind}_{level}" if name == "half" else f"{kind}_{level}{suffix or '_codes'}"
-
-
-@cache
-def _suffixes(name: str) -> tuple[str, ...]:
-    return tuple(storage(name).encode(torch.ones(1, 1)))
 
 
 def _middle(level: int) -> float:
@@ -139,8 +134,9 @@ def _exponent(x: Tensor) -> Tensor:
 class Half(ScaleStorage, name="half"):
     """float16."""
 
-    bits = 16
-    by_row = True
+    @classmethod
+    def row(cls, groups: int) -> dict[str, tuple[torch.dtype, int]]:
+        return {"": (torch.float16, groups)}
 
     @staticmethod
     def encode(scale: Tensor) -> dict[str, Tensor]:
@@ -198,12 +194,9 @@ class Float8(ScaleStorage, name="e4m3"):
 class RowFloat8(ScaleStorage, name="e4m3-row"):
     """FP8 E4M3 times a power of two per row. What is read back and stored again stays the same."""
 
-    bits = 8
-    by_row = True
-
     @classmethod
-    def row_bits(cls, groups: int) -> int:
-        return 8 * groups + 8
+    def row(cls, groups: int) -> dict[str, tuple[torch.dtype, int]]:
+        return {"": (torch.uint8, groups), "_row": (torch.int8, 1)}
 
     @staticmethod
     def encode(scale: Tensor) -> dict[str, Tensor]:
@@ -221,11 +214,10 @@ class SecondLevel(ScaleStorage, name="int6"):
     section 4; K-quants). There steps and starts are any numbers; here what is read back and stored again stays the
     same, and half precision holds it."""
 
-    by_row = True
-
     @classmethod
-    def row_bits(cls, groups: int) -> int:
-        return 24 * -(-groups // 4) + 24 * -(-groups // _SECOND)
+    def row(cls, groups: int) -> dict[str, tuple[torch.dtype, int]]:
+        blocks = -(-groups // _SECOND)
+        return {"": (torch.uint8, 3 * -(-groups // 4)), "_first": (torch.int16, blocks), "_step": (torch.int8, blocks)}
 
     @staticmethod
     def encode(scale: Tensor) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ class Integer(Format, name="integer"):
             raise ElastiqError(f"integer: levels={self.levels} must lie between 1 and {MAX_BITS}")
         if self.group_size != -1 and not 16 <= self.group_size <= 256:
             raise ElastiqError(f"integer: group_size={self.group_size} must be 16 to 256, or -1 for the whole row")
-        if not storage(self.scales).by_row:
+        if not storage(self.scales).row(1):
             raise ElastiqError(f"integer: scales={self.scales!r} does not store each row by itself; use half or int6")
 
     def overhead(self, in_features: int) -> int:
