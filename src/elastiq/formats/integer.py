@@ -21,7 +21,7 @@ class Integer(Format, name="integer"):
     symmetric: the range is +-max and the zero point the middle of it, which costs no storage.
     scales: how scales and zero points are stored: `half`; `int6`, in about 8 bits, second-level quantized (SpQR,
         2306.03078, section 4); `e4m3-row`, in 8-bit floats. They are rounded after the solver, which narrow levels
-        hardly notice and levels above 4 bits do.
+        hardly notice, and wide ones a little.
 
     `fit` searches how far to clip each group's range, weighing squared errors by the Hessian's diagonal
     (the search of AWQ, 2306.00978, and OmniQuant, 2308.13137, without gradient, on the range itself).
