@@ -116,6 +116,14 @@ def test_gguf_to_its_end(gguf_file: Path, tmp_path: Path, data: st.DataObject) -
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_MEMORY
 
 
+@pytest.mark.parametrize("key", [b"llama.embedding_length", b"llama.block_count"])
+def test_gguf_that_does_not_say_its_size(gguf_file: Path, tmp_path: Path, key: bytes) -> None:
+    """transformers would build a model of 4096 channels instead."""
+    (tmp_path / "model.gguf").write_bytes(gguf_file.read_bytes().replace(key, key[:-1] + b"?"))
+    with pytest.raises(ElastiqError, match=r"is 'missing' in its metadata and \d+ by its tensors"):
+        import_model(tmp_path / "model.gguf", tmp_path / "out")
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small(tmp_path_factory.mktemp("small") / "nested")

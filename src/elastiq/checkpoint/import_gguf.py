@@ -150,7 +150,7 @@ class _Cursor:
 
 
 def _check_sizes(file: Path, header: GGUFHeader) -> None:
-    """The sizes that a model is built with are those of the tensors that are there."""
+    """The sizes that a model is built with are those of the tensors that are there: what is not said, others guess."""
     architecture = header.metadata.get("general.architecture")
     table = header.shapes.get("token_embd.weight")
     if not isinstance(architecture, str) or table is None or len(table) != 2:
@@ -162,7 +162,7 @@ def _check_sizes(file: Path, header: GGUFHeader) -> None:
         "vocab_size": table[0],
     }
     for key, size in agreed.items():
-        said = header.metadata.get(f"{architecture}.{key}", size)
+        said = header.metadata.get(f"{architecture}.{key}", size if key == "vocab_size" else "missing")
         if said != size:
             raise ElastiqError(f"{file}: {key} is {said!r} in its metadata and {size} by its tensors; copy it again")
     for key, most in (("attention.head_count", table[1]), ("attention.head_count_kv", table[1]),
