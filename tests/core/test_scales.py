@@ -17,13 +17,15 @@ STORES = ["half", "int6", "e4m3-row"]
 @given(
     seed=st.integers(0, 2**31), rows=st.integers(1, 5), groups=st.integers(1, 40), size=st.integers(-22, 12),
     spread=st.sampled_from([0.0, 1e-4, 0.1, 1.0, 6.0]), level=st.integers(1, 8), symmetric=st.booleans(),
+    shift=st.sampled_from([0.0, 1e-3, 0.02, 0.3, 1.0, 30.0]),
 )  # fmt: skip
 def test_what_is_read_and_stored_again_stays(
-    store: str, seed: int, rows: int, groups: int, size: int, spread: float, level: int, symmetric: bool
+    store: str, seed: int, rows: int, groups: int, size: int, spread: float, level: int, symmetric: bool, shift: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     scale = to_half(2.0**size * torch.exp(spread * torch.randn(rows, groups, generator=generator))).clamp_min(MIN_SCALE)
-    zero = None if symmetric else to_half((2**level - 1) / 2 * (1 + torch.randn(rows, groups, generator=generator)))
+    off = shift * torch.randn(rows, groups, generator=generator)
+    zero = None if symmetric else to_half((2**level - 1) / 2 * (1 + off))
     arrays = encode_level(store, level, scale, zero)
     assert {n: (a.dtype, tuple(a.shape)) for n, a in arrays.items()} == level_specs(
         store, level, (rows, groups), symmetric

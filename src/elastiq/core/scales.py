@@ -26,10 +26,14 @@ _SECOND = 16
 
 
 class ScaleStorage(ABC):
-    """Scales [out, groups] float32 to arrays and back; a class that names itself registers."""
+    """Scales [out, groups] float32 to arrays and back; a class that names itself registers.
+
+    centred: of zero points it stores their distance from the middle of the range.
+    """
 
     registry: ClassVar[dict[str, type[ScaleStorage]]] = {}
     bits: ClassVar[int]
+    centred: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, name: str, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -77,14 +81,13 @@ def to_half(x: Tensor) -> Tensor:
 def encode_level(name: str, level: int, scale: Tensor, zero_point: Tensor | None) -> dict[str, Tensor]:
     """Arrays by short name of the scales and zero points [..., out, groups] of one level, stored as `name` says.
 
-    zero_point: None where it is the middle of the range. Otherwise, but in half precision, its distance from the middle
-    is stored.
+    zero_point: None where it is the middle of the range.
     """
     found = {}
     for kind, values in (("scale", scale), ("zero_point", zero_point)):
         if values is None:
             continue
-        if name != "half" and kind == "zero_point":
+        if storage(name).centred and kind == "zero_point":
             values = values - _middle(level)
         for suffix, array in storage(name).encode(values.flatten(0, -2)).items():
             found[_short(name, kind, level, suffix)] = array.unflatten(0, values.shape[:-1])
@@ -105,7 +108,8 @@ def decode_level(
         rows = own[""].shape[:-1]
         flat = storage(name).decode({suffix: array.flatten(0, -2) for suffix, array in own.items()}, (-1, groups))
         found.append(flat.unflatten(0, rows))
-    zero_point = None if symmetric else to_half(found[1] + _middle(level)).half()
+    middle = _middle(level) if storage(name).centred else 0.0
+    zero_point = None if symmetric else to_half(found[1] + middle).half()
     return to_half(found[0]).clamp_min(MIN_SCALE).half(), zero_point
 
 
@@ -193,6 +197,8 @@ class Float8(ScaleStorage, name="e4m3"):
 
 class RowFloat8(ScaleStorage, name="e4m3-row"):
     """FP8 E4M3 times a power of two per row. What is read back and stored again stays the same."""
+
+    centred = True
 
     @classmethod
     def row(cls, groups: int) -> dict[str, tuple[torch.dtype, int]]:
