@@ -41,6 +41,21 @@ def test_what_is_read_and_stored_again_stays(
     assert all(torch.equal(x, y) for x, y in zip(read, twice, strict=True) if x is not None and y is not None)
 
 
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("level", [1, 2, 4, 8])
+def test_every_number_of_half_precision(store: str, level: int) -> None:
+    """Each alone in its row, and each with a neighbour a little off: read and stored again it stays."""
+    every = torch.arange(1, 0x7C00, dtype=torch.int16).view(torch.float16).float()
+    for factor in (1.0, 1 + 2.0**-10, 1.01, 1.3):
+        scale = torch.stack([every, to_half(every * factor)], 1)
+        zero = torch.stack([(2**level - 1) / 2 + every, to_half((2**level - 1) / 2 - every * factor)], 1)
+        zero = to_half(zero.clamp(-4096, 4096))
+        read = decode_level(store, level, encode_level(store, level, scale, zero), 2, False)
+        stored = encode_level(store, level, *(x.float() for x in read if x is not None))
+        again = decode_level(store, level, stored, 2, False)
+        assert all(torch.equal(x, y) for x, y in zip(read, again, strict=True) if x is not None and y is not None)
+
+
 @pytest.mark.parametrize(("store", "part"), [("int6", 1 / 63), ("e4m3-row", 2**-4)])
 def test_how_far_they_may_be_off(store: str, part: float) -> None:
     """Second level: the range of sixteen neighbours over 63, as a step is at most twice that; floats: three bits."""

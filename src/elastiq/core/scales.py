@@ -231,12 +231,12 @@ class SecondLevel(ScaleStorage, name="int6"):
         blocks = blocks.double()
         low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
         size = torch.maximum(low.abs(), high.abs())
-        power = torch.maximum(_exponent((high - low) / 63), _exponent(size / 2048))
+        power = torch.maximum(_exponent((high - low) / 63), _exponent(size / 2047))
         for _ in range(2):  # rounding may make a range longer by one
             unit = torch.exp2(power)
-            first = (low / unit).round().clamp(-2047, 2047)
-            power += ((high / unit).round().clamp(-2047, 2047) - first > 63).double()
-        codes = (blocks / unit).round().clamp(-2047, 2047).sub_(first).to(torch.uint8).flatten(1)
+            first = (low / unit).round()
+            power += ((high / unit).round() - first > 63).double()
+        codes = (blocks / unit).round().sub_(first).to(torch.uint8).flatten(1)
         codes = codes[:, : 4 * -(-scale.shape[1] // 4)]
         four = codes.unflatten(1, (-1, 4)).int()  # four codes of 6 bits make three bytes
         word = four[..., 0] | four[..., 1] << 6 | four[..., 2] << 12 | four[..., 3] << 18
