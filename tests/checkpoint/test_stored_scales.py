@@ -92,6 +92,18 @@ def test_everywhere_a_checkpoint_goes(tiny_model: Callable[[str], Path], tmp_pat
         assert torch.equal(matrix.dense(), torch.cat([low[:10], high[10:]]))
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_is_read_follows_a_state_that_is_loaded(
+    assign: bool, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for name, recipe in (("out", RECIPE), ("other", recipes.gptq((2, 3, 4), 16, scales="int6"))):
+        quantize(tiny_model("llama"), tmp_path / name, recipe, IDS)
+    model, other = load(tmp_path / "out", 4), load(tmp_path / "other", 4)
+    assert not torch.equal(logits(model), logits(other))
+    model.load_state_dict(other.state_dict(), assign=assign)
+    assert torch.equal(logits(model), logits(other))
+
+
 def test_an_integer_export_reads_them(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     quantize(tiny_model("llama"), tmp_path / "out", recipes.rtn((2, 4), 32, scales="e4m3-row"), IDS)
     done = export(tmp_path / "out", tmp_path / "gptq", GPTQDirectory(), 4)

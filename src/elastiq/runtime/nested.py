@@ -170,6 +170,18 @@ class NestedMatrix(nn.Module):
         planes, scale, *zero_point = arrays[: self._bits], *arrays[self._bits :]
         return TiledWeight(planes, scale, zero_point[0] if zero_point else None, self._level, *self._sizes)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """What is read from stored scales follows them."""
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.stored.coded or self.stored.scales == "half":
+            return
+        held = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        for level in filter(None, map(self.stored.level_of, range(1, self._planes + 1))):
+            for name, array in self.stored.decode_scales(level, held).items():
+                self.register_buffer(name, tile_scale(array), persistent=False)
+        NestedMatrix.changes += 1
+        self._tiled = None
+
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor):
             NestedMatrix.changes += 1
