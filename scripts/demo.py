@@ -82,7 +82,7 @@ def quantize(model: str, checkpoint: Path) -> None:
         f"\nTo be quick (path {native.columns_path()!r}): {windows} calibration windows of 512 tokens, the default is "
         "128;\n"
         f"solver sweeps {passes} over all levels, {refines} over the high ones, the default is 4 and 4;\n"
-        f"{steps} tuning steps at 2 bits and fewer at 3, the default is {usual.steps}, and every width: worse numbers"
+        f"{steps} tuning steps at 2 bits and fewer at 3, the default is {usual.steps}, and 4 bits too: worse numbers"
     )
     call = f"elastiq.recipes.nested_tuned({LEVELS}, {GROUP_SIZE}, {tuner}, passes={passes}, refines={refines})"
     call = f">>> elastiq.quantize({model!r}, {str(checkpoint)!r}, {call}, num_samples={windows})"

@@ -316,9 +316,11 @@ def test_a_recipe_printed_changed_and_used(model: Path, text_file: Path, tmp_pat
 
 def test_a_tuned_recipe(model: Path, text_file: Path, tmp_path: Path) -> None:
     options = ["--recipe", "nested-tuned", *QUICK[2:], "--calibration", text_file, "--tuning-text", text_file]
+    options[options.index("--levels") + 1] = "2,4,6"
     assert "quantizing takes about" in ok("quantize", model, "-o", tmp_path / "out", *options, "--dry-run").stdout
     made = ok("quantize", model, "-o", tmp_path / "out", *options, "--json", tmp_path / "q.json")
     assert "KL before tuning" in made.stdout
+    assert next(row for row in made.stdout.splitlines() if row.startswith("6 ")).split()[-2:] == ["-", "-"]
     assert set(json.loads((tmp_path / "q.json").read_text())["tuning"]) == {"2", "4"}
     page = Path(ok("report", tmp_path / "out").stdout.strip()).read_text(encoding="utf-8")
     assert "--recipe nested-tuned" in page and "scales" in page

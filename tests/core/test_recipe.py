@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from elastiq import ElastiqError, Recipe, recipes
+from elastiq.solvers import Nested
 from elastiq.transforms import RandomHadamard
 
 
@@ -81,6 +83,19 @@ def test_a_recipe_in_a_file(tmp_path: Path) -> None:
     assert read.tuner == recipes.nested_tuned().tuner and read.transforms == (RandomHadamard(),)
 
 
+def made(**slots: Any) -> str:
+    """A recipe file whose slots are these."""
+    return json.dumps(recipes.nested((2, 4)).to_dict() | slots)
+
+
+def test_whole_numbers_stand_for_fractions(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(made(solver={"name": "nested", "weights": [1, 16]}))
+    read = recipes.read(path)
+    assert read == recipes.nested((2, 4), weights=(1.0, 16.0))
+    assert isinstance(read.solver, Nested) and isinstance(read.solver.weights[1], float)
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -90,6 +105,9 @@ def test_a_recipe_in_a_file(tmp_path: Path) -> None:
         ('{"format": {"name": "integer", "levels": "x"}, "solver": {"name": "rtn"}}', "mine.json: "),
         ('{"format": {"name": "magic"}}', "mine.json: format: unknown name 'magic'"),
         ('{"format": {"name": "integer"}, "solver": {"name": "rtn"}, "splits": 3}', "mine.json: no recipe"),
+        (made(solver={"name": "nested", "passes": "four"}), r"mine.json: solver nested: passes='four': .*integer"),
+        (made(solver={"name": "nested", "weights": [1, "x"]}), r"mine.json: solver nested: weights.1='x'"),
+        (made(embeddings="no"), "mine.json: recipe: embeddings='no' must be true or false"),
         (None, "mine.json: cannot be read"),
     ],
 )

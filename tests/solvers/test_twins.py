@@ -133,6 +133,9 @@ def test_nested_wants_one_weight_per_level() -> None:
     weight, stats = weight_and_stats(16, 64)
     with pytest.raises(ElastiqError, match="nested: 2 weights for 3 levels; give one per level"):
         codes_of(Nested((1.0, 2.0)), Integer((2, 3, 4), 32), weight, stats)
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ElastiqError, match=r"nested: weights=\(1.0, .*\) must be positive numbers"):
+            codes_of(Nested((1.0, wrong)), Integer((2, 4), 32), weight, stats)
 
 
 def test_refinement_helps_high_levels_and_leaves_low_ones() -> None:

@@ -43,6 +43,8 @@ class Recipe:
         for field, known in _CHOICES.items():
             if getattr(self, field) not in known:
                 raise ElastiqError(f"recipe: {field}={getattr(self, field)!r} is not one of {', '.join(known)}")
+        if not isinstance(self.embeddings, bool):
+            raise ElastiqError(f"recipe: embeddings={self.embeddings!r} must be true or false")
         shifting = [step.name for step in self.compensators if step.shifts]
         if shifting and (self.tuner or self.block_tuner):
             raise ElastiqError(f"recipe: a tuner sees no shift of an output; leave out the compensator {shifting[0]}")

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from pydantic import TypeAdapter, ValidationError
+
 from .error import ElastiqError
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ class Step(ABC):
 
 
 def step_from_dict(slot: str, data: dict[str, Any]) -> Step:
-    """The step that `to_dict` described. Raises ElastiqError for an unknown name or parameter."""
+    """The step that `to_dict` described. Raises ElastiqError for an unknown name or parameter, or a value of another
+    type."""
     data = dict(data)
     name = data.pop("name", None)
     known = Step.registry.get(slot, {})
@@ -64,7 +67,12 @@ def step_from_dict(slot: str, data: dict[str, Any]) -> Step:
     if unknown:
         known_ones = ", ".join(sorted(parameters))
         raise ElastiqError(f"{slot} {name}: unknown parameter {', '.join(unknown)}; known: {known_ones}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    try:
+        return TypeAdapter(cls).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ElastiqError(f"{slot} {name}: {where}={first['input']!r:.60}: {first['msg']}") from None
 
 
 class Format(Step, slot="format"):

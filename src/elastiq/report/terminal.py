@@ -73,7 +73,7 @@ def show_summary(summary: Summary, model: str) -> None:
     for level, row in summary.levels.items():
         sizes = [megabytes(int(row["bytes_in_memory"])), megabytes(int(row["bytes_on_disk"]))]
         tuned = summary.tuning.get(str(level))
-        losses = [f"{tuned['before']:.3g}", f"{tuned['after']:.3g}"] if tuned else []
+        losses = [_number(tuned[when] if tuned else None, ".3g") for when in ("before", "after") if summary.tuning]
         rows.append([str(level), f"{row['bits_per_weight']:.2f}", *sizes, _number(row["error"], ".3g"), *losses])
     columns = ["KL before tuning", "after"] if summary.tuning else []
     _table(["bits", "bits per weight", "memory", "disk", "mean error", *columns], rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 from torch import Tensor
@@ -52,9 +53,11 @@ class Nested(Solver, name="nested"):
         return (Codes(*streams.solve(weight, damped, upper, nest, grid, search)),)
 
     def level_weights(self, levels: tuple[int, ...]) -> tuple[float, ...]:
-        """The weights in force; raises ElastiqError if there is not one per level."""
+        """The weights in force; raises ElastiqError if there is not one positive number per level."""
         if not self.weights:
             return tuple(LEVEL_WEIGHTS[level] for level in levels)
         if len(self.weights) != len(levels):
             raise ElastiqError(f"nested: {len(self.weights)} weights for {len(levels)} levels; give one per level")
-        return self.weights
+        if not all(0 < weight < inf for weight in self.weights):
+            raise ElastiqError(f"nested: weights={self.weights} must be positive numbers")
+        return tuple(map(float, self.weights))

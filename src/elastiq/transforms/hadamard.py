@@ -18,9 +18,10 @@ class RandomHadamard(Transform, name="hadamard"):
     """Spreads outliers over all channels by a Hadamard matrix with random signs (QuaRot, 2404.00456, section 4; QuIP#,
     2402.04396, section 3).
 
-    The rotation stays at the matrix's input and is undone by the weight; QuaRot moves it on through the residual stream
-    into the matrices before, which saves the work at run time and quantizes the same numbers of this matrix. Sizes that
-    are not powers of two take a Hartley matrix for the odd part, where QuaRot looks up known Hadamard matrices.
+    The rotation stays at the matrix's input and is undone by the weight. QuaRot rotates the residual stream instead,
+    which saves the work at run time, but has to take the norms' gains into the weights first: a rotated residual stream
+    was worse than none on SmolLM2 at 3 bits and more (benchmarks/results.md). Sizes that are not powers of two take a
+    Hartley matrix for the odd part, where QuaRot looks up known Hadamard matrices.
     """
 
     seed: int = 0

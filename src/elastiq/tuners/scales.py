@@ -23,19 +23,20 @@ class ScaleTuning(Tuner, name="scales"):
     scale, and of the zero point in halves of the code's range, so that a step of either moves a group's extremes alike.
     rate: size of such a step at 2 bits, times `falloff` for every further bit; it rises over the first tenth of the
     steps and falls to zero by a cosine. holdout: windows kept apart to judge the result, which is given up if it is not
-    better there. widest: level beyond which nothing is tuned. seed: of the order of windows.
+    better there. widest: level beyond which nothing is tuned: wider ones lose too little for such steps. seed: of the
+    order of windows.
     """
 
     resources: ClassVar[tuple[str, ...]] = ("gradients", "memory of what is judged")
     bits: ClassVar[tuple[int, int]] = (2, 8)
 
-    steps: int = 120
+    steps: int = 240
     batch: int = 1
     rate: float = 6e-3
     falloff: float = 0.25
     fewer: float = 0.6
     holdout: int = 8
-    widest: int = 8
+    widest: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
