@@ -83,6 +83,13 @@ def test_a_recipe_in_a_file(tmp_path: Path) -> None:
     assert read.tuner == recipes.nested_tuned().tuner and read.transforms == (RandomHadamard(),)
 
 
+def test_a_tuned_recipe_weighs_wide_levels_more() -> None:
+    assert recipes.nested_tuned((2, 4)).solver == Nested(weights=(1.0, 5.0))
+    assert recipes.nested_tuned((2, 4), weights=(3.0, 2.0), passes=1).solver == Nested(weights=(3.0, 2.0), passes=1)
+    with pytest.raises(ElastiqError, match="must lie between 1 and 8"):
+        recipes.nested_tuned((2, 9))
+
+
 def made(**slots: Any) -> str:
     """A recipe file whose slots are these."""
     return json.dumps(recipes.nested((2, 4)).to_dict() | slots)
