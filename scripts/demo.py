@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = (2, 3, 4, 6, 8)
 GROUP_SIZE = 64
 EVALUATION_WINDOWS = 12
-QUESTION = "What is the capital of France?"
+QUESTION = "Why is the sky blue?"
 BEGINNING = "Return a list of the"
 
 out = Console(highlight=False, soft_wrap=True)
