@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,6 @@ import elastiq
 from elastiq import Recipe, recipes
 from elastiq.evaluate import evaluate, write_json
 from elastiq.formats import Integer
-from elastiq.transforms import RandomHadamard
 
 WIDTHS = (2, 3, 4, 8)
 Row = dict[str, Any]
@@ -28,10 +26,10 @@ def cases() -> Iterator[tuple[str, Recipe]]:
     """Name and recipe of every row, or of several where one file gives several widths."""
     yield "nested", recipes.nested()
     yield "nested-int6", recipes.nested(scales="int6")
-    yield "nested-rotated", replace(recipes.nested(), transforms=(RandomHadamard(),))
+    yield "nested-rotated", recipes.get("nested", rotate=True)
     yield "nested-tuned", recipes.nested_tuned()
     yield "nested-tuned-int6", recipes.nested_tuned(scales="int6")
-    yield "nested-tuned-rotated", replace(recipes.nested_tuned(), transforms=(RandomHadamard(),))
+    yield "nested-tuned-rotated", recipes.get("nested-tuned", rotate=True)
     yield "nested-tuned-blocks", recipes.nested_tuned_blocks()
     yield "matquant", recipes.matquant(WIDTHS)
     for bits in WIDTHS:
@@ -63,7 +61,7 @@ def cases() -> Iterator[tuple[str, Recipe]]:
         yield f"mx-{number}", recipes.mx(number)
     for number in ("e2m1", "int4"):
         yield f"nv-{number}", recipes.nv(number)
-        yield f"nv-{number}-rotated", replace(recipes.nv(number), transforms=(RandomHadamard(),))
+        yield f"nv-{number}-rotated", recipes.get("nv", number=number, rotate=True)
 
 
 def methods(

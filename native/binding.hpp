@@ -23,6 +23,9 @@ Weight weight_of(nb::handle description);
 const MatmulFunctions& matmul_functions(const std::string& path);
 const StepFunctions& step_functions(const std::string& path);
 
+// (factors or 0 for none, rest, size), as Python describes a rotation.
+Rotation rotation_of(nb::handle description);
+
 void bind_decoder(nb::module_&);
 
 }  // namespace elastiq

@@ -45,6 +45,7 @@ Decoder::Decoder(const Heads& heads, int hidden, int mlp, float eps, const float
   for (auto* buffer : {&query_, &mixed_}) buffer->resize(std::max(wide, hidden));
   for (auto* buffer : {&key_, &value_}) buffer->resize(narrow);
   for (auto* buffer : {&gate_, &up_}) buffer->resize(mlp);
+  turned_.resize(std::max({wide, hidden, mlp}));
   size_t inputs = 0, scales = 0, sums = 0;
   for (const Block& block : blocks_) {
     check({&block.query}, wide, hidden);
@@ -52,6 +53,9 @@ Decoder::Decoder(const Heads& heads, int hidden, int mlp, float eps, const float
     check({&block.out}, hidden, wide);
     check({&block.gate, &block.up}, mlp, hidden);
     check({&block.down}, hidden, mlp);
+    for (const Rotation* map : {&block.before_attention, &block.before_mlp}) map->check(hidden);
+    block.before_out.check(wide);
+    block.before_down.check(mlp);
     if (!same_groups({&block.query, &block.key, &block.value}) || !same_groups({&block.gate, &block.up}))
       throw std::invalid_argument("matrices that share their inputs need the same groups");
     for (const Matrix* matrix : {&block.query, &block.out, &block.gate, &block.down}) {
@@ -67,8 +71,12 @@ Decoder::Decoder(const Heads& heads, int hidden, int mlp, float eps, const float
   sum_.resize(sums);
 }
 
-void Decoder::products(const MatmulFunctions& matmul, int digits, const Matrix* const* matrices, float* const* outputs,
-                       int count, const float* input, int threads) {
+void Decoder::products(const StepFunctions& steps, const MatmulFunctions& matmul, int digits, const Rotation& before,
+                       const Matrix* const* matrices, float* const* outputs, int count, const float* input, int threads) {
+  if (before.factors) {
+    steps.mix(input, before, matrices[0]->weight.in_features, turned_.data());
+    input = turned_.data();
+  }
   Weight weights[3];
   Output results[3];
   for (int i = 0; i < count; ++i) {
@@ -107,14 +115,14 @@ void Decoder::step(const StepFunctions& steps, const MatmulFunctions& matmul, in
     float *mlp_outputs[] = {gate_.data(), up_.data()}, *change = query_.data();
 
     steps.norm(x_.data(), block.attention_norm, eps_, 1, hidden_, normed_.data());
-    products(matmul, digits, attention_in, attention_outputs, 3, normed_.data(), threads);
+    products(steps, matmul, digits, block.before_attention, attention_in, attention_outputs, 3, normed_.data(), threads);
     attention(steps, block, *past++, cosine, sine, threads);
-    products(matmul, digits, &attention_out, &change, 1, mixed_.data(), threads);
+    products(steps, matmul, digits, block.before_out, &attention_out, &change, 1, mixed_.data(), threads);
     add(x_.data(), change, hidden_);
     steps.norm(x_.data(), block.mlp_norm, eps_, 1, hidden_, normed_.data());
-    products(matmul, digits, mlp_in, mlp_outputs, 2, normed_.data(), threads);
+    products(steps, matmul, digits, block.before_mlp, mlp_in, mlp_outputs, 2, normed_.data(), threads);
     steps.gate(gate_.data(), up_.data(), mlp_, gate_.data());
-    products(matmul, digits, &mlp_out, &change, 1, gate_.data(), threads);
+    products(steps, matmul, digits, block.before_down, &mlp_out, &change, 1, gate_.data(), threads);
     add(x_.data(), change, hidden_);
   }
   steps.norm(x_.data(), norm_, eps_, 1, hidden_, out);

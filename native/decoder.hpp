@@ -17,6 +17,7 @@ struct Block {
   const float *attention_norm, *mlp_norm;  // gains [hidden]
   const float *query_norm, *key_norm;      // gains [size] of each head, or null
   Matrix query, key, value, out, gate, up, down;
+  Rotation before_attention, before_out, before_mlp, before_down;  // of what these matrices are given
 };
 
 // x + attention(norm(x)), then x + mlp(norm(x)), for each block; a norm at the end.
@@ -34,8 +35,8 @@ class Decoder {
 
  private:
   void attention(const StepFunctions&, const Block&, Past, const float* cosine, const float* sine, int threads);
-  void products(const MatmulFunctions&, int digits, const Matrix* const* matrices, float* const* outputs, int count,
-                const float* input, int threads);
+  void products(const StepFunctions&, const MatmulFunctions&, int digits, const Rotation&, const Matrix* const* matrices,
+                float* const* outputs, int count, const float* input, int threads);
 
   std::mutex busy_;  // one step at a time: the buffers below are shared
   Heads heads_;
@@ -43,7 +44,7 @@ class Decoder {
   float eps_;
   const float* norm_;
   std::vector<Block> blocks_;
-  std::vector<float> x_, normed_, query_, key_, value_, mixed_, gate_, up_, scores_, floats_, scale_, sum_;
+  std::vector<float> x_, normed_, query_, key_, value_, mixed_, gate_, up_, turned_, scores_, floats_, scale_, sum_;
   std::vector<int8_t> bytes_;
 };
 

@@ -12,14 +12,16 @@ Matrix matrix_of(nb::handle description) {
   return {nb::cast<const Weight&>(fields[0]), pointer<const float>(nb::cast<uintptr_t>(fields[1]))};
 }
 
-// ((norm, norm, query norm, key norm), (query, key, value, out, gate, up, down)), a matrix being (handle, bias).
+// ((norm, norm, query norm, key norm), (query, key, value, out, gate, up, down), rotations before query, out, gate and
+// down), a matrix being (handle, bias) and a rotation (factors or 0, rest, size).
 Block block_of(nb::handle description) {
   const nb::tuple fields = nb::cast<nb::tuple>(description), gains = nb::cast<nb::tuple>(fields[0]),
-                  matrices = nb::cast<nb::tuple>(fields[1]);
+                  matrices = nb::cast<nb::tuple>(fields[1]), rotations = nb::cast<nb::tuple>(fields[2]);
   const float* gain[4];
   for (int i = 0; i < 4; ++i) gain[i] = pointer<const float>(nb::cast<uintptr_t>(gains[i]));
   return {gain[0], gain[1], gain[2], gain[3], matrix_of(matrices[0]), matrix_of(matrices[1]), matrix_of(matrices[2]),
-          matrix_of(matrices[3]), matrix_of(matrices[4]), matrix_of(matrices[5]), matrix_of(matrices[6])};
+          matrix_of(matrices[3]), matrix_of(matrices[4]), matrix_of(matrices[5]), matrix_of(matrices[6]),
+          rotation_of(rotations[0]), rotation_of(rotations[1]), rotation_of(rotations[2]), rotation_of(rotations[3])};
 }
 
 void create(Decoder* self, const std::vector<int>& heads, float scale, int hidden, int mlp, float eps, uintptr_t norm,

@@ -21,6 +21,9 @@ using namespace elastiq;
 
 namespace elastiq {
 
+constexpr int64_t kSerialRotation = 1 << 16;  // numbers up to which a second thread costs more than it saves
+
+
 const MatmulFunctions& matmul_functions(const std::string& path) {
 #if defined(__x86_64__)
   if (path == "amx" || path == "avx512_gfni") return matmul_gfni;
@@ -67,6 +70,12 @@ Weight weight_of(nb::handle description) {
   w.tiles = (w.in_features + kTileInputs - 1) / kTileInputs;
   w.groups = (w.in_features - 1) / w.group_size + 1;
   return w;
+}
+
+Rotation rotation_of(nb::handle description) {
+  const nb::tuple fields = nb::cast<nb::tuple>(description);
+  return {pointer<const float>(nb::cast<uintptr_t>(fields[0])), pointer<const float>(nb::cast<uintptr_t>(fields[1])),
+          nb::cast<int>(fields[2])};
 }
 
 }  // namespace elastiq
@@ -180,6 +189,17 @@ void decode(const std::string& path, const Weight& w, uintptr_t rows, int64_t co
   f.decode(w, index, count, pointer<void>(values), Dtype(dtype), threads);
 }
 
+void mix(const std::string& path, nb::handle description, uintptr_t x, int64_t rows, int n, uintptr_t out, int threads) {
+  const Rotation rotation = rotation_of(description);
+  if (!rotation.factors || rows < 0 || threads < 1) throw std::invalid_argument("a rotation, rows and threads are needed");
+  rotation.check(n);
+  const StepFunctions& f = step_functions(path);
+  nb::gil_scoped_release release;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * n > kSerialRotation)
+  for (int64_t row = 0; row < rows; ++row)
+    f.mix(pointer<const float>(x) + row * n, rotation, n, pointer<float>(out) + row * n);
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -188,6 +208,7 @@ NB_MODULE(_native, m) {
       .def("product", &product);
   bind_decoder(m);
   m.def("decode", &decode);
+  m.def("mix", &mix);
   m.def("tile", [](const std::string& path, uintptr_t plane, int64_t rows, int64_t row_bytes, uintptr_t tiles, int threads) {
     if (rows < 0 || row_bytes < 0 || threads < 1) throw std::invalid_argument("rows, bytes and threads are needed");
     const MatmulFunctions& f = matmul_functions(path);

@@ -55,6 +55,32 @@ void rotate(float* x, int heads, const Heads& shape, const float* cosine, const 
     }
 }
 
+void mix(const float* x, const Rotation& map, int n, float* out) {
+  const int size = map.size, stride = (size + kLanes - 1) / kLanes * kLanes;
+  for (int first = 0; first < n; first += size)
+    for (int j = 0; j < size; j += kLanes) {
+      vf total = {};
+      for (int k = 0; k < size; ++k)
+        total += load(map.rest + k * stride + j) * (map.factors[first + k] * x[first + k]);
+      std::memcpy(out + first + j, &total, (size - j < kLanes ? size - j : kLanes) * sizeof(float));
+    }
+  for (int distance = size; distance < n; distance *= 2)
+    for (int first = 0; first < n; first += 2 * distance) {
+      float *a = out + first, *b = a + distance;
+      int i = 0;
+      for (; i + kLanes <= distance; i += kLanes) {
+        const vf u = load(a + i), v = load(b + i);
+        store(a + i, u + v);
+        store(b + i, u - v);
+      }
+      for (; i < distance; ++i) {
+        const float u = a[i], v = b[i];
+        a[i] = u + v;
+        b[i] = u - v;
+      }
+    }
+}
+
 void gate(const float* g, const float* up, int n, float* out) {
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -97,6 +123,6 @@ void attend(const float* q, const Heads& shape, const Past& past, int begin, int
 
 }  // namespace
 
-extern const StepFunctions ELASTIQ_TARGET{norm, rotate, gate, attend};
+extern const StepFunctions ELASTIQ_TARGET{norm, rotate, mix, gate, attend};
 
 }  // namespace elastiq

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from elastiq.checkpoint import CheckpointWriter
-from elastiq.core import Codes, Grid, QuantizedWeight, Recipe, Site, to_half
+from elastiq.core import Codes, Fold, Grid, QuantizedWeight, Recipe, Site, to_half
 from elastiq.formats import Integer
 from elastiq.solvers import RoundToNearest
 
@@ -104,6 +105,7 @@ def write_random(
     symmetric: bool = False,
     embeddings: bool = False,
     fingerprint: dict[str, Any] | None = None,
+    folds: Callable[[Site], tuple[Fold, ...]] = lambda site: (),
 ) -> dict[str, QuantizedWeight]:
     """A finished checkpoint at `output` of `model` with random codes; the weights by site name."""
     sites = sites_of(model, embeddings)
@@ -111,10 +113,10 @@ def write_random(
     with CheckpointWriter(output, fingerprint or {"seed": 0}) as writer:
         for block in sorted({site.block for site in sites}):
             members = [site for site in sites if site.block == block]
-            unit = {
-                site: random_weight(site.shape, levels, group_size, symmetric, seed=sites.index(site), scale=0.3)
-                for site in members
-            }
+            unit = {}
+            for site in members:
+                weight = random_weight(site.shape, levels, group_size, symmetric, seed=sites.index(site), scale=0.3)
+                unit[site] = replace(weight, folds=folds(site))
             name = "embeddings" if block < 0 else f"block-{block:05d}"
             writer.write_unit(name, unit, [row(site, weight) for site, weight in unit.items()])
             weights |= {site.name: weight for site, weight in unit.items()}

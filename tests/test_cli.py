@@ -305,9 +305,12 @@ def test_a_recipe_printed_changed_and_used(model: Path, text_file: Path, tmp_pat
     (tmp_path / "mine.json").write_text(json.dumps(mine))
     few = ["--recipe", tmp_path / "mine.json", "--num-samples", 2, "--seq-len", 32, "--calibration", text_file]
     ok("quantize", model, "-o", tmp_path / "out", *few)
-    small = [*QUICK, "--scales", "int6", "--calibration", text_file]
+    small = [*QUICK, "--scales", "int6", "--rotate", "--calibration", text_file]
     ok("quantize", model, "-o", tmp_path / "small", *small)
-    assert "--scales int6" in (tmp_path / "small" / "README.md").read_text()
+    assert "--scales int6 --rotate" in (tmp_path / "small" / "README.md").read_text()
+    assert "QuaRot" in ok("cite", tmp_path / "small").stdout
+    refused = run("quantize", model, "-o", tmp_path / "c", "--recipe", "quarot", "--rotate")
+    assert refused.exit_code == 1 and "rotates already" in refused.stderr
     assert "transform: QuaRot" in ok("cite", tmp_path / "out").stdout
     assert "recipe 'magic' does not exist" in run("recipes", "magic").stderr
     both = run("quantize", model, "-o", tmp_path / "b", *few, "--group-size", 32, "--embeddings")

@@ -12,6 +12,7 @@ from torch import Tensor
 from elastiq.core import Codes, ElastiqError, Fold, Stats, Step, Transform, fold_in, fold_out, step_from_dict
 from elastiq.formats import Integer
 from elastiq.solvers import GPTQ
+from elastiq.terms import Hadamard
 from elastiq.transforms import ActivationAware, RandomHadamard, SmoothQuant
 
 CASES: list[Transform] = [ActivationAware(steps=6), RandomHadamard(), RandomHadamard(seed=3), SmoothQuant()]
@@ -53,6 +54,22 @@ def test_contract(transform: Transform, width: int) -> None:
     for name, found in got.sums.items():
         torch.testing.assert_close(found, expected.sums[name], rtol=2e-4, atol=2e-2)
     assert {"hessian", "diagonal", "mean"} <= set(got.sums)
+
+
+@pytest.mark.parametrize("transform", CASES, ids=str)
+@pytest.mark.parametrize("width", [*WIDTHS, 2048, 8])
+def test_what_compiled_code_is_told(transform: Transform, width: int) -> None:
+    *_, x, fold = planned(transform, width)
+    rotation = fold.rotation()
+    if rotation is None:
+        assert not isinstance(fold, Hadamard)
+        return
+    factors, rest = (array.double() for array in rotation)
+    walsh = torch.ones(1, 1, dtype=torch.float64)
+    while len(walsh) * len(rest) < width:
+        walsh = torch.kron(walsh, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
+    assert torch.equal(rest, rest.T) and len(rest) <= max(32, width // (width & -width))
+    torch.testing.assert_close((x * factors) @ torch.kron(walsh, rest), fold.forward(x.double()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("transform", CASES, ids=str)

@@ -65,10 +65,16 @@ def test_the_words_that_make_a_recipe(name: str) -> None:
     assert known is not None and known[0] == name
     if name != "any-precision":
         assert recipes.words(recipes.get(name, embeddings=True)) == [*known, "--embeddings"]
+    if name == "quarot":
+        with pytest.raises(ElastiqError, match="rotates already"):
+            recipes.get(name, rotate=True)
+    else:
+        rotated = ["quarot", *known[1:]] if name == "gptq" else [*known, "--rotate"]
+        assert recipes.words(recipes.get(name, rotate=True)) == rotated
 
 
 def test_a_recipe_of_nobody_has_no_words() -> None:
-    assert recipes.words(replace(recipes.nested(), transforms=(RandomHadamard(),))) is None
+    assert recipes.words(replace(recipes.nested(), transforms=(RandomHadamard(seed=1),))) is None
     some = recipes.get("gptq", levels=(3,), group_size=128, symmetric=True, inputs="quantized")
     expected = "gptq --levels 3 --group-size 128 --symmetric --inputs quantized"
     assert recipes.words(some) == expected.split()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import elastiq
+from elastiq.core import Fold, Site
 from elastiq.linalg import native
+from elastiq.terms import Diagonal, Hadamard
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89]])
 TOKENS = [79, 32, 38, 46, 26, 43]
@@ -86,6 +88,53 @@ def test_logits_are_those_of_the_modules(checkpoints: Any, family: str, embeddin
     assert step(model).equal is False  # of the last run, in plain torch
     logits(model)
     assert step(model).equal
+
+
+SIZES = [
+    {"hidden_size": 64, "intermediate_size": 96},
+    {"hidden_size": 48, "intermediate_size": 272, "num_attention_heads": 3, "num_key_value_heads": 3},
+    {"hidden_size": 40, "intermediate_size": 37, "head_dim": 16},
+]
+
+
+def rotate(site: Site) -> tuple[Fold, ...]:
+    return (Hadamard.of(torch.rand(site.shape[1], generator=torch.Generator().manual_seed(3)) < 0.5),)
+
+
+def rotated(root: Path, size: dict[str, int], folds: Callable[[Site], tuple[Fold, ...]] = rotate) -> Any:
+    source = make_model("llama", root / "model", **size)
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    write_random(plain, source, root / "nested", folds=folds)
+    return elastiq.load(root / "nested", bits=6)
+
+
+@pytest.mark.parametrize("path", native.paths()[:-1])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size['hidden_size']}-{size['intermediate_size']}")
+def test_rotated_inputs(tmp_path: Path, size: dict[str, int], path: str) -> None:
+    model = rotated(tmp_path, size)
+    expected = reference(model)
+    native.use(path)
+    assert close(logits(model), expected)
+    assert step(model).equal
+    state = {name: x ^ 0x5A if name.endswith("signs") else x for name, x in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert close(logits(model), reference(model)) and not close(reference(model), expected)
+
+
+def test_other_folds_keep_their_own_code(tmp_path: Path) -> None:
+    def scaled(site: Site) -> tuple[Fold, ...]:
+        return (Diagonal.of(torch.linspace(0.5, 2, site.shape[1])),) if site.name.endswith("down_proj") else ()
+
+    def twice(site: Site) -> tuple[Fold, ...]:
+        return 2 * rotate(site) if site.name.endswith("o_proj") else ()
+
+    def unlike(site: Site) -> tuple[Fold, ...]:
+        return rotate(site) if site.name.endswith("k_proj") else ()
+
+    for index, folds in enumerate((scaled, twice, unlike)):
+        model = rotated(tmp_path / str(index), SIZES[0], folds)
+        assert not hasattr(model.model, "compiled_step")
+        assert close(logits(model), reference(model))
 
 
 @pytest.mark.parametrize("path", native.paths()[:-1])
@@ -237,3 +286,11 @@ def test_the_boundary_refuses_what_it_cannot_hold(llama: Any) -> None:
         compiled.step(path, 2, [1, 1], [8], 1, 1, 1, 1, 1, 1)
     with pytest.raises(ValueError, match="multiples of 16 channels"):
         native.module.Decoder([4, 2, 24, 24], 1.0, 64, 96, 1e-5, 1, [])  # type: ignore[union-attr]
+    block = llama.model.layers[0]
+    matrices = [getattr(block.self_attn, f"{name}_proj") for name in "qkvo"]
+    matrices += [getattr(block.mlp, f"{name}_proj") for name in ("gate", "up", "down")]
+    handles = tuple((matrix.tiled().handle, 0) for matrix in matrices)
+    for rotation in ((1, 1, 48), (1, 1, 0), (1, 0, 16), (1, 1, 128)):
+        described = (0, 0, 0, 0), handles, ((0, 0, 0), rotation, (0, 0, 0), (0, 0, 0))
+        with pytest.raises(ValueError, match="power of two"):
+            native.module.Decoder([4, 2, 16, 16], 1.0, 64, 96, 1e-5, 1, [described])  # type: ignore[union-attr]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -65,6 +65,14 @@ def quantize_command(
         Scales | None,
         typer.Option(help="How scales and zero points are stored; int6 takes half the bits.", show_default=False),
     ] = None,
+    rotate: Annotated[
+        bool | None,
+        typer.Option(
+            "--rotate",
+            help="A random Hadamard rotation before every matrix: better below 4 bits, for elastiq's runtime alone.",
+            show_default=False,
+        ),
+    ] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Quantize embeddings and output head too.")] = False,
     inputs: Annotated[
         Inputs, typer.Option(help="Calibrate each block on the full or the quantized model's activations.")
@@ -102,11 +110,12 @@ def quantize_command(
     """Quantize MODEL once into the nested checkpoint OUTPUT. Interrupted, the same command resumes."""
     if to and not rehearsal:
         raise typer.BadParameter("--to belongs to --rehearse; a finished checkpoint goes through elastiq export")
-    asked = {
+    asked: dict[str, Any] = {
         "levels": None if levels is None else widths("--levels", levels),
         "group_size": group_size,
         "symmetric": symmetric,
         "scales": None if scales is None else scales.value,
+        "rotate": rotate,
         "embeddings": embeddings or None,
         "inputs": None if inputs is Inputs.full else inputs.value,
     }

@@ -34,6 +34,11 @@ class Fold(Part):
         """[in] by which T divides each channel, where that is all it does: what comes before may do it instead."""
         return None
 
+    def rotation(self) -> tuple[Tensor, Tensor] | None:
+        """Factors f [in] and symmetric R [size, size], float32, if T x = (H ⊗ R)(f x), H the Walsh-Hadamard matrix of
+        in / size (ones and minus ones): what a compiled decoder can do to a token on its way."""
+        return None
+
     @abstractmethod
     def stats(self, stats: Stats) -> Stats:
         """Statistics of T x, those fields of them that follow from the ones of x."""

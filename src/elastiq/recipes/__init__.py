@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..core import ElastiqError, Recipe
+from ..transforms import RandomHadamard
 from .any_precision import any_precision
 from .auto_round import auto_round
 from .awq import awq
@@ -59,6 +60,7 @@ _RECIPES: tuple[Callable[..., Recipe], ...] = (
     smoothquant,
     spqr,
 )
+_ROTATION = RandomHadamard()
 _ALL = {recipe.__name__.replace("_", "-"): recipe for recipe in _RECIPES}
 
 
@@ -67,18 +69,35 @@ def names() -> tuple[str, ...]:
     return tuple(_ALL)
 
 
-def get(name: str, **options: Any) -> Recipe:
-    """The recipe called `name` with these options. Raises ElastiqError for a name or an option that does not exist."""
+def get(name: str, *, rotate: bool = False, **options: Any) -> Recipe:
+    """The recipe called `name` with these options.
+
+    rotate: after the recipe's own transforms, a random Hadamard rotation of what every matrix is given. Raises
+    ElastiqError for a name or an option that does not exist, and for a rotation after a rotation.
+    """
     if name not in _ALL:
         raise ElastiqError(f"recipe {name!r} does not exist; known: {', '.join(_ALL)}")
     known = _options(_ALL[name])
     if known and (unknown := sorted(set(options) - set(known))):
         raise ElastiqError(f"recipe {name}: it has no {', '.join(unknown)}; known: {', '.join(known)}")
-    return _ALL[name](**options)
+    recipe = _ALL[name](**options)
+    if not rotate:
+        return recipe
+    if _ROTATION in recipe.transforms:
+        raise ElastiqError(f"recipe {name} rotates already")
+    return replace(recipe, transforms=(*recipe.transforms, _ROTATION))
 
 
 def words(recipe: Recipe) -> list[str] | None:
     """What follows --recipe on a command line that makes this recipe; None for one that has no name."""
+    found = _words(recipe)
+    if found is None and recipe.transforms[-1:] == (_ROTATION,):
+        found = _words(replace(recipe, transforms=recipe.transforms[:-1]))
+        return found and [*found, "--rotate"]
+    return found
+
+
+def _words(recipe: Recipe) -> list[str] | None:
     format = recipe.format.to_dict()
     keys = ("group_size", "symmetric", "scales") if format["name"] == "integer" else ("group_size",)
     given = {"levels": recipe.levels, **{key: format.get(key) for key in keys}}

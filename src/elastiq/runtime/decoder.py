@@ -1,15 +1,16 @@
 """One token through a plain decoder in one compiled call.
 
 A decoder is plain if its blocks are a norm, attention with rotary embedding, a norm and a gated mlp under the names
-that transformers gives them in Llama and its kin, and all their matrices are nested. Whether it also computes what the
-names promise is not taken on trust: its first token goes both ways, and only equal results let the compiled one go on.
+that transformers gives them in Llama and its kin, and all their matrices are nested codes, at most behind a rotation of
+their input. Whether it also computes what the names promise is not taken on trust: its first token goes both ways, and
+only equal results let the compiled one go on.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from types import MethodType
 from typing import Any, cast
@@ -21,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..kernels.matmul.cpu import DIGITS
 from ..linalg import native
+from ..linalg.hadamard import description
 from .linear import NestedLinear
 from .nested import NestedMatrix
 from .past import GrowingLayer
@@ -32,6 +34,8 @@ TOLERANCE = 1e-3
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Matrices that are given the same input."""
 _HEAD_NORMS = ("q_norm", "k_norm")
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 _TURNS = 256  # positions whose rotary embedding is computed at once
@@ -76,9 +80,8 @@ def _is_plain_block(block: Any) -> bool:
     if _children(mlp) != {*_MLP, "act_fn"} or type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         return False
     has_own_rules = getattr(attention, "sliding_window", None) is not None or not hasattr(attention, "scaling")
-    return not has_own_rules and all(
-        isinstance(matrix, NestedLinear) and not matrix.stored.parts for matrix in _matrices(block)
-    )
+    nested = all(isinstance(matrix, NestedLinear) and matrix.stored.coded for matrix in _matrices(block))
+    return nested and not has_own_rules and _rotations(block) is not None
 
 
 def _children(module: nn.Module) -> set[str]:
@@ -93,6 +96,29 @@ def _norms(block: Any) -> list[Any]:
 
 def _matrices(block: Any) -> list[Any]:
     return [getattr(block.self_attn, name) for name in _PROJECTIONS] + [getattr(block.mlp, name) for name in _MLP]
+
+
+def _rotations(block: Any) -> list[Sequence[Tensor]] | None:
+    """What each shared input goes through: a `Fold.rotation`, or nothing. None if compiled code does not know it."""
+    matrices = dict(zip((*_PROJECTIONS, *_MLP), _matrices(block), strict=True))
+    found = []
+    for names in _SHARED:
+        first, *others = (_rotation(matrices[name]) for name in names)
+        if first is None or any(other is None or not _same(first, other) for other in others):
+            return None
+        found.append(first)
+    return found
+
+
+def _rotation(matrix: NestedLinear) -> Sequence[Tensor] | None:
+    folds, terms = matrix.restored()
+    if terms or len(folds) > 1:
+        return None
+    return folds[0].rotation() if folds else ()
+
+
+def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 def _is_norm(module: Any) -> bool:
@@ -186,7 +212,10 @@ class CompiledStep:
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         self._first, self._turns = 0, (torch.empty(0), torch.empty(0))
         known = self._path != "torch" and len(self._modes) == 1 and not any(self._hooks) and is_plain(decoder)
-        self._compiled = _compile(decoder) if known else None
+        self._compiled: Any = None
+        if known:
+            self._compiled, rotations = _compile(decoder)
+            self._kept += rotations
         self.equal: bool | None = None if known else False
 
     def fits(self) -> bool:
@@ -279,18 +308,28 @@ def _outside_planes(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(recurse=False), *buffers]
 
 
-def _compile(decoder: Any) -> Any:
-    """The native decoder. It keeps addresses: of gains, biases and planes that the modules hold."""
+def _compile(decoder: Any) -> tuple[Any, list[Tensor]]:
+    """The native decoder and its rotations. It keeps addresses: of these, of gains, biases and planes."""
     attention, mlp = decoder.layers[0].self_attn, decoder.layers[0].mlp
     size, rotary = attention.head_dim, 2 * len(decoder.rotary_emb.inv_freq)
+    kept: list[Tensor] = []
+
+    def address_of(rotation: Sequence[Tensor]) -> tuple[int, int, int]:
+        if not rotation:
+            return 0, 0, 0
+        described, arrays = description(*rotation)
+        kept.extend(arrays)
+        return described
+
     blocks = [
         (
             tuple(0 if norm is None else norm.weight.data_ptr() for norm in _norms(block)),
             tuple((m.tiled().handle, 0 if m.bias is None else m.bias.data_ptr()) for m in _matrices(block)),
+            tuple(address_of(rotation) for rotation in _rotations(block) or ()),
         )
         for block in decoder.layers
     ]
-    return native.module.Decoder(  # type: ignore[union-attr]
+    compiled = native.module.Decoder(  # type: ignore[union-attr]
         [attention.q_proj.out_features // size, attention.k_proj.out_features // size, size, rotary],
         float(attention.scaling),
         attention.q_proj.in_features,
@@ -299,3 +338,4 @@ def _compile(decoder: Any) -> Any:
         decoder.norm.weight.data_ptr(),
         blocks,
     )
+    return compiled, kept

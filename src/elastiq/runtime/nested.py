@@ -173,13 +173,13 @@ class NestedMatrix(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """What is read from stored scales follows them."""
         super()._load_from_state_dict(*args, **kwargs)
+        NestedMatrix.changes += 1
         if not self.stored.coded or self.stored.scales == "half":
             return
         held = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         for level in filter(None, map(self.stored.level_of, range(1, self._planes + 1))):
             for name, array in self.stored.decode_scales(level, held).items():
                 self.register_buffer(name, tile_scale(array), persistent=False)
-        NestedMatrix.changes += 1
         self._tiled = None
 
     def __setattr__(self, name: str, value: Any) -> None:

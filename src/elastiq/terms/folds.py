@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..core import Fold, Kept, Stats, to_half
 from ..linalg import pack_planes, unpack_planes
+from ..linalg.hadamard import mix, walsh
 
-_PART = 64
-"""Largest Hadamard matrix that is multiplied by."""
+_LANES = 16
+"""Channels that compiled code works on at once."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,18 @@ class Hadamard(Fold, kind="hadamard"):
         return Hadamard(pack_planes(signs.to(torch.uint8), 1)[0], len(signs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _mix(x * self._signs(x))
+        return mix(x, *self.rotation())
 
     def into(self, weight: Tensor) -> Tensor:
         return self.forward(weight)  # W Tᵀ: every row goes the way of x
 
     def out_of(self, weight: Tensor) -> Tensor:
-        return _mix(weight) * self._signs(weight)  # the mix is symmetric and orthogonal: its own inverse
+        factors, rest = self.rotation()
+        return mix(weight, factors.abs(), rest) * factors.sign().to(weight)  # H ⊗ R is symmetric: its own inverse
+
+    def rotation(self) -> tuple[Tensor, Tensor]:
+        signs = unpack_planes([self.signs], self.in_features).float() * 2 - 1
+        return signs / math.sqrt(self.in_features & -self.in_features), _rest(self.in_features).to(signs.device)
 
     def stats(self, stats: Stats) -> Stats:
         hessian, mean = stats.get("hessian"), stats.get("mean")
@@ -95,35 +101,17 @@ class Hadamard(Fold, kind="hadamard"):
     def restore(cls, arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
         return cls(arrays["signs"], int(facts["in_features"]))
 
-    def _signs(self, like: Tensor) -> Tensor:
-        return unpack_planes([self.signs], self.in_features).to(like.dtype) * 2 - 1
-
-
-def _mix(x: Tensor) -> Tensor:
-    """(H_p ⊗ C_m) x along the last axis, of size p m; H_p as the product of smaller ones, a matrix product each."""
-    size = x.shape[-1]
-    left = power = size & -size
-    out = x.unflatten(-1, (power, size // power))
-    if size > power:
-        out = out @ _hartley(size // power).to(out)
-    out = out.transpose(-1, -2)
-    while left > 1:
-        part = min(left, _PART)
-        out = (out.unflatten(-1, (-1, part)) @ _hadamard(part).to(out)).transpose(-1, -2).flatten(-2)
-        left //= part
-    return out.transpose(-1, -2).flatten(-2) / math.sqrt(power)
-
 
 @cache
-def _hadamard(size: int) -> Tensor:
-    """[size, size] of Sylvester's construction, not normalised."""
-    found = torch.ones(1, 1)
-    while len(found) < size:
-        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
-    return found
+def _rest(in_features: int) -> Tensor:
+    """[size, size] of what compiled code multiplies by: all that is not a power of two, and enough of that."""
+    power = in_features & -in_features
+    odd, inner = in_features // power, 1
+    while inner < power and inner * odd < _LANES:
+        inner *= 2
+    return torch.kron(walsh(inner), _hartley(odd).float())
 
 
-@cache
 def _hartley(size: int) -> Tensor:
     """[size, size] symmetric and orthogonal, float64: (cos + sin)(2 pi i j / size) / sqrt(size)."""
     turn = torch.arange(size, dtype=torch.float64)
