@@ -47,6 +47,8 @@ def test_values_and_gradients(path: str, outer: int, size: int) -> None:
     y = mix(x.view(5, 1, -1), factors, rest)
     assert y.shape == (5, 1, outer * size)
     torch.testing.assert_close(y[:, 0].double(), x.double() @ whole.T, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mix(x.view(5, 1, -1), factors, rest), y)
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     (y * weight).sum().backward()
     assert x.grad is not None
