@@ -75,6 +75,9 @@ def test_other_types_and_compilers_go_through_torch() -> None:
     half = mix(x.bfloat16(), factors, rest)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.double(), x.double() @ whole.T, rtol=0.1, atol=2.0)
+    scaled = mix(x.bfloat16(), torch.full_like(factors, 1.3555), rest)  # between two numbers of bfloat16
+    exact = x.bfloat16().double() @ (whole / factors).T * 1.3555
+    assert abs(float((scaled.double() * exact).sum() / exact.square().sum()) - 1) < 1e-3
     compiled = torch.compile(lambda x: mix(x, factors, rest), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), mix(x, factors, rest), rtol=1e-4, atol=1e-3)
 

@@ -26,7 +26,7 @@ def mix(x: Tensor, factors: Tensor, rest: Tensor) -> Tensor:
     seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     if seen or type(x) is not Tensor or not x.is_cpu or x.dtype != torch.float32 or native.current() == "torch":
         with torch.autocast(x.device.type, enabled=False):  # which would take float32 rows in half precision
-            return _mix(x * factors.to(x.dtype), rest.to(x.dtype))
+            return _mix((x * factors).to(x.dtype), rest.to(x.dtype))
     y: Tensor = _Mix.apply(x, factors, rest)
     return y
 
