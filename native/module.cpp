@@ -21,9 +21,6 @@ using namespace elastiq;
 
 namespace elastiq {
 
-constexpr int64_t kSerialRotation = 1 << 16;  // numbers up to which a second thread costs more than it saves
-
-
 const MatmulFunctions& matmul_functions(const std::string& path) {
 #if defined(__x86_64__)
   if (path == "amx" || path == "avx512_gfni") return matmul_gfni;
@@ -188,6 +185,8 @@ void decode(const std::string& path, const Weight& w, uintptr_t rows, int64_t co
   nb::gil_scoped_release release;
   f.decode(w, index, count, pointer<void>(values), Dtype(dtype), threads);
 }
+
+constexpr int64_t kSerialRotation = 1 << 16;  // numbers up to which a second thread costs more than it saves
 
 void mix(const std::string& path, nb::handle description, uintptr_t x, int64_t rows, int n, uintptr_t out, int threads) {
   const Rotation rotation = rotation_of(description);

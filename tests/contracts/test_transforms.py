@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from elastiq.core import Codes, ElastiqError, Fold, Stats, Step, Transform, fold_in, fold_out, step_from_dict
 from elastiq.formats import Integer
+from elastiq.runtime.stored import StoredArray, StoredPart
 from elastiq.solvers import GPTQ
 from elastiq.terms import Hadamard
 from elastiq.transforms import ActivationAware, RandomHadamard, SmoothQuant
@@ -70,6 +73,22 @@ def test_what_compiled_code_is_told(transform: Transform, width: int) -> None:
         walsh = torch.kron(walsh, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
     assert torch.equal(rest, rest.T) and len(rest) <= max(32, width // (width & -width))
     torch.testing.assert_close((x * factors) @ torch.kron(walsh, rest), fold.forward(x.double()), rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_rotated_is_refused() -> None:
+    with pytest.raises(ElastiqError, match="8209 channels cannot be rotated"):  # a prime
+        Hadamard.of(torch.ones(8209, dtype=torch.bool))
+    with pytest.raises(ElastiqError, match="are not those of 65 channels"):
+        Hadamard(torch.zeros(8, dtype=torch.uint8), 65)
+
+
+@pytest.mark.parametrize("claimed", [0, -8, 63 * 8, 10**12 + 39, "x", None])
+def test_a_stored_rotation_that_lies_about_its_size_is_refused(claimed: Any) -> None:
+    signs = torch.arange(8, dtype=torch.uint8)
+    stored = StoredPart("hadamard", "", {"signs": StoredArray(torch.uint8, (8,), 1, ())}, {"in_features": claimed})
+    with pytest.raises(ElastiqError, match="hadamard"):
+        stored.restore({"signs": signs})
+    assert replace(stored, facts={"in_features": 64}).restore({"signs": signs}).kept()["signs"].array is signs
 
 
 @pytest.mark.parametrize("transform", CASES, ids=str)

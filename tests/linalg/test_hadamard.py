@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from elastiq.core import ElastiqError
 from elastiq.linalg import native
 from elastiq.linalg.hadamard import description, mix, walsh
 
@@ -80,6 +81,17 @@ def test_other_types_and_compilers_go_through_torch() -> None:
     assert abs(float((scaled.double() * exact).sum() / exact.square().sum()) - 1) < 1e-3
     compiled = torch.compile(lambda x: mix(x, factors, rest), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), mix(x, factors, rest), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("path", native.paths())
+def test_rows_of_another_length_are_refused(path: str) -> None:
+    x, factors, rest, _ = case(4, 9)
+    native.use(path)
+    for wrong in (x[:, :18], torch.cat([x, x], 1), x[:, :35]):
+        with pytest.raises(ElastiqError, match="rotation of 36 channels"):
+            mix(wrong, factors, rest)
+    with pytest.raises(ElastiqError, match="rotation of 36 channels"):
+        mix(x, factors, torch.eye(8))
 
 
 @pytest.mark.skipif(native.module is None, reason="compiled code is absent")

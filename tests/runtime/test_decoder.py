@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import elastiq
-from elastiq.core import Fold, Site
+from elastiq.core import ElastiqError, Fold, Site
 from elastiq.linalg import native
 from elastiq.terms import Diagonal, Hadamard
 
@@ -119,6 +119,14 @@ def test_rotated_inputs(tmp_path: Path, size: dict[str, int], path: str) -> None
     state = {name: x ^ 0x5A if name.endswith("signs") else x for name, x in model.state_dict().items()}
     model.load_state_dict(state)
     assert close(logits(model), reference(model)) and not close(reference(model), expected)
+
+
+@pytest.mark.parametrize("channels", [32, 128, 16])
+def test_a_rotation_of_another_size_is_refused(tmp_path: Path, channels: int) -> None:
+    model = rotated(tmp_path, SIZES[0], lambda site: (Hadamard.of(torch.arange(channels) % 3 == 0),))
+    assert not hasattr(model.model, "compiled_step")
+    with pytest.raises(ElastiqError, match=f"rotation of {channels} channels was given 64"):
+        logits(model)
 
 
 def test_other_folds_keep_their_own_code(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core import ElastiqError
 from . import native
 
-_LANES = 16
+LANES = 16
 """Floats that compiled code works on at once."""
 _PART = 64
 """Largest Walsh-Hadamard matrix that plain torch multiplies by."""
@@ -21,8 +22,10 @@ def mix(x: Tensor, factors: Tensor, rest: Tensor) -> Tensor:
     """(H ⊗ R)(factors * x) of rows x [..., in], in their dtype; gradients pass to x.
 
     factors: float32 [in]. rest: R, symmetric, float32 [size, size]. H: the Walsh-Hadamard matrix of ones and minus
-    ones, of size in / len(R), a power of two.
+    ones, of size in / len(R), a power of two. Raises ElastiqError if these do not fit rows of this length.
     """
+    if factors.shape != x.shape[-1:] or not rest.numel() or x.shape[-1] % len(rest):
+        raise ElastiqError(f"a rotation of {len(factors)} channels was given {x.shape[-1]}")
     seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     if seen or type(x) is not Tensor or not x.is_cpu or x.dtype != torch.float32 or native.current() == "torch":
         with torch.autocast(x.device.type, enabled=False):  # which would take float32 rows in half precision
@@ -33,7 +36,7 @@ def mix(x: Tensor, factors: Tensor, rest: Tensor) -> Tensor:
 
 def description(factors: Tensor, rest: Tensor) -> tuple[tuple[int, int, int], tuple[Tensor, Tensor]]:
     """A map as compiled code is told it, by addresses within the two tensors."""
-    arrays = factors.contiguous(), F.pad(rest, (0, -len(rest) % _LANES)).contiguous()
+    arrays = factors.contiguous(), F.pad(rest, (0, -len(rest) % LANES)).contiguous()
     return (arrays[0].data_ptr(), arrays[1].data_ptr(), len(rest)), arrays
 
 

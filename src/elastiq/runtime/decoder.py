@@ -34,8 +34,8 @@ TOLERANCE = 1e-3
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
-_SHARED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Matrices that are given the same input."""
+_SHARED = (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7))
+"""Which of `_matrices` are given the same input."""
 _HEAD_NORMS = ("q_norm", "k_norm")
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 _TURNS = 256  # positions whose rotary embedding is computed at once
@@ -100,10 +100,10 @@ def _matrices(block: Any) -> list[Any]:
 
 def _rotations(block: Any) -> list[Sequence[Tensor]] | None:
     """What each shared input goes through: a `Fold.rotation`, or nothing. None if compiled code does not know it."""
-    matrices = dict(zip((*_PROJECTIONS, *_MLP), _matrices(block), strict=True))
+    matrices = _matrices(block)
     found = []
-    for names in _SHARED:
-        first, *others = (_rotation(matrices[name]) for name in names)
+    for members in _SHARED:
+        first, *others = map(_rotation, matrices[members])
         if first is None or any(other is None or not _same(first, other) for other in others):
             return None
         found.append(first)
@@ -114,7 +114,8 @@ def _rotation(matrix: NestedLinear) -> Sequence[Tensor] | None:
     folds, terms = matrix.restored()
     if terms or len(folds) > 1:
         return None
-    return folds[0].rotation() if folds else ()
+    rotation = folds[0].rotation() if folds else ()
+    return rotation if not rotation or len(rotation[0]) == matrix.in_features else None
 
 
 def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

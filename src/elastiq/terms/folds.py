@@ -11,12 +11,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..core import Fold, Kept, Stats, to_half
+from ..core import ElastiqError, Fold, Kept, Stats, to_half
 from ..linalg import pack_planes, unpack_planes
-from ..linalg.hadamard import mix, walsh
+from ..linalg.hadamard import LANES, mix, walsh
 
-_LANES = 16
-"""Channels that compiled code works on at once."""
+_MAX_ODD = 2**13
+"""Largest matrix of what is not a power of two: 256 MB."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,18 @@ class Hadamard(Fold, kind="hadamard"):
     """T = (H_p ⊗ C_m) diag(signs) for in = p m with p the largest power of two: Walsh-Hadamard of size p and, where
     the size is not a power of two, the orthogonal Hartley matrix C_m of what is left; both normalised.
 
-    signs: one bit per channel, uint8 [ceil(in / 8)].
+    signs: one bit per channel, uint8 [ceil(in / 8)]. Raises ElastiqError for others, and for an odd part over 8192.
     """
 
     signs: Tensor
     in_features: int
+
+    def __post_init__(self) -> None:
+        size = self.in_features
+        if self.signs.dtype != torch.uint8 or self.signs.shape != (-(-size // 8),) or size < 1:
+            raise ElastiqError(f"hadamard: signs {list(self.signs.shape)} are not those of {size} channels")
+        if size // (size & -size) > _MAX_ODD:
+            raise ElastiqError(f"hadamard: {size} channels cannot be rotated; too little of that is a power of two")
 
     @staticmethod
     def of(signs: Tensor) -> Hadamard:
@@ -107,7 +114,7 @@ def _rest(in_features: int) -> Tensor:
     """[size, size] of what compiled code multiplies by: all that is not a power of two, and enough of that."""
     power = in_features & -in_features
     odd, inner = in_features // power, 1
-    while inner < power and inner * odd < _LANES:
+    while inner < power and inner * odd < LANES:
         inner *= 2
     return torch.kron(walsh(inner), _hartley(odd).float())
 
