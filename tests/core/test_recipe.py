@@ -114,6 +114,8 @@ def test_whole_numbers_stand_for_fractions(tmp_path: Path) -> None:
     [
         ("{", r"mine.json: no recipe \(.*`elastiq recipes nested` prints one"),
         ("[1]", r"mine.json: no recipe \(not an object\)"),
+        ('{"format": {"name": "integer"}, "solver": {"name": "nested", "damp": NaN}}', r"\(NaN is not finite\)"),
+        ('{"format": {"name": "integer"}, "solver": {"name": "nested", "damp": -1e999}}', r"\(-1e999 is not finite\)"),
         ('{"format": 3}', "mine.json: no recipe"),
         ('{"format": {"name": "integer", "levels": "x"}, "solver": {"name": "rtn"}}', "mine.json: "),
         ('{"format": {"name": "magic"}}', "mine.json: format: unknown name 'magic'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -125,7 +126,7 @@ def _words(recipe: Recipe) -> list[str] | None:
 def read(path: str | Path) -> Recipe:
     """The recipe in a JSON file, as `Recipe.to_dict` describes it. Raises ElastiqError if there is none."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
         if not isinstance(data, dict):
             raise ValueError("not an object")
         return Recipe.from_dict(data)
@@ -135,6 +136,14 @@ def read(path: str | Path) -> Recipe:
         raise ElastiqError(f"recipe {path}: {error}") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ElastiqError(f"recipe {path}: no recipe ({error}); `elastiq recipes nested` prints one") from None
+
+
+def _finite(text: str) -> float:
+    """A number of JSON's, or of those that Python's reader takes besides, such as NaN and 1e999."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
 
 
 def _options(recipe: Callable[..., Recipe]) -> list[str]:
