@@ -156,6 +156,19 @@ def test_what_is_no_codes_is_refused_at_the_first_matrix(
         quantize(tiny_model("llama"), tmp_path / "out", recipe, IDS, tuning=TEXT)
 
 
+def test_a_block_that_tuning_makes_worse_is_left_and_named(
+    tiny_model: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, wild = tiny_model("llama"), ScaleTuning(steps=4, batch=2, rate=20.0, falloff=1.0, holdout=2)
+    quantize(source, tmp_path / "before", UNTUNED, TEXT)
+    assert not caplog.records
+    quantize(source, tmp_path / "after", replace(UNTUNED, block_tuner=wild), TEXT)
+    before, after = digests(tmp_path / "before"), digests(tmp_path / "after")
+    assert all(before[f"plane-{plane}.safetensors"] == after[f"plane-{plane}.safetensors"] for plane in range(1, 5))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 4 and told[0].endswith("at 2 bits gained nothing on the windows kept apart and was given up")
+
+
 def test_blocks_computed_again_give_the_same_gradients(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     source = ModelSource(tiny_model("llama"))
     model = build_skeleton(source, torch.float32)

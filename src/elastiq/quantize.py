@@ -243,9 +243,13 @@ class _Run:
         block = self.stream.block
         weights: Mapping[str, QuantizedWeight] = {site.name: weight for site, weight in solved.items()}
         for levels in tuner.groups(self.recipe.levels):
+            what = f"tuning {unit} at {', '.join(map(str, levels))} bits"
             calls = tuner.calls(len(self.stream.objective(block, beside, lambda done: None)), levels)
-            called = partial(self._report_tuning, f"tuning {unit} at {', '.join(map(str, levels))} bits", calls)
-            weights = tuner.tune(self.stream.objective(block, beside, called), weights, levels, Forgetful()).weights
+            called = partial(self._report_tuning, what, calls)
+            tuned = tuner.tune(self.stream.objective(block, beside, called), weights, levels, Forgetful())
+            if tuned.after == tuned.before:
+                log.warning("%s gained nothing on the windows kept apart and was given up", what)
+            weights = tuned.weights
             called(calls)
         solved |= {site: weights[site.name] for site in solved}
 

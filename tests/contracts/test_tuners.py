@@ -19,7 +19,7 @@ from elastiq.tuners import CoDistillation, GumbelChoice, ScaleTuning, SignRound
 CASES: list[Tuner] = [
     ScaleTuning(steps=25, batch=3, rate=1e-2, holdout=4),
     SignRound(steps=60, batch=3, rate=2e-2, holdout=4),
-    GumbelChoice(steps=60, batch=3, rate=8e-2, holdout=4),
+    GumbelChoice(steps=60, batch=3, holdout=4),
     CoDistillation(steps=60, batch=3, rate=2e-2, holdout=4),
     ScaleTuning(steps=3, rate=30.0),
     SignRound(steps=3, scale_rate=30.0),

@@ -25,15 +25,15 @@ class GumbelChoice(JointTuner, name="gumbel"):
     temperature here.
 
     strength: how much the logits prefer a weight's own code, per cell of distance. rate: of the logits. first, last:
-    temperature, falling geometrically. Everything else as in `JointTuner`.
+    temperature, falling geometrically (docs/tuning.md has others). Everything else as in `JointTuner`.
     """
 
     resources: ClassVar[tuple[str, ...]] = ("gradients", "memory of what is judged, several times in float32")
 
-    rate: float = 5e-2
-    strength: float = 6.0
-    first: float = 1.0
-    last: float = 0.1
+    rate: float = 0.5
+    strength: float = 24.0
+    first: float = 2.0
+    last: float = 0.5
 
     def tune(
         self, objective: Objective, weights: Mapping[str, QuantizedWeight], levels: Sequence[int], journal: Journal

@@ -18,7 +18,9 @@ class SignRound(MovingTuner, name="sign-round"):
     is the sum over the levels, each relative to what it was before; a wide level therefore holds back moves that help a
     narrow one. Scales take the place of the clipping range: both ends of a group's range move.
 
-    A weight's longest way is about `steps * rate / 2` cells. Parameters as in `MovingTuner`.
+    A weight's longest way is about `steps * rate / 2` cells: a quarter by default. With one level, whose codes do not
+    say where in its cell a weight was, all start in the middle and none comes to an edge: scales alone are trained.
+    Parameters as in `MovingTuner`.
     """
 
     resources: ClassVar[tuple[str, ...]] = ("gradients", "memory of what is judged, in float32")
