@@ -40,15 +40,12 @@ void quantize(const Weight& w, const Input& x, const Activations& a, int token, 
       const vi fixed = usable ? to_int(nearest(value[i] * inverse)) : splat(0);
       sum += fixed;
       int8_t* to = a.bytes + size_t(token) * a.digits * inputs + first + i * kLanes;
-      typedef int8_t bytes __attribute__((vector_size(kLanes)));
       if (a.digits == 2) {
         const vi low = (fixed << 24) >> 24;
-        const bytes lows = __builtin_convertvector(low, bytes), highs = __builtin_convertvector((fixed - low) >> 8, bytes);
-        std::memcpy(to, &highs, sizeof highs);
-        std::memcpy(to + inputs, &lows, sizeof lows);
+        store_bytes(to, (fixed - low) >> 8);
+        store_bytes(to + inputs, low);
       } else {
-        const bytes all = __builtin_convertvector(fixed, bytes);
-        std::memcpy(to, &all, sizeof all);
+        store_bytes(to, fixed);
       }
     }
     float step = usable ? most / steps : 0.0f;

@@ -14,16 +14,14 @@ inline vf nearest_code(vf x, int bits) { return nearest(minimum(maximum(x, splat
 // float -> half -> float for finite values, round to nearest even, saturating; subnormals kept.
 inline vf to_half(vf x) {
   x = minimum(maximum(x, splat(-65504.0f)), splat(65504.0f));
-  vf magnitude = x < 0.0f ? -x : x;
+  const vi negative = x < 0.0f;
+  vf magnitude = select(negative, -x, x);
   // Below 2^-14 the spacing is 2^-24: adding and taking away 0.5 rounds to it.
   vf subnormal = (magnitude + 0.5f) - 0.5f;
-  vi bits;
-  std::memcpy(&bits, &magnitude, sizeof bits);
-  bits = (bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF;
-  vf normal;
-  std::memcpy(&normal, &bits, sizeof normal);
-  vf rounded = magnitude < 6.103515625e-05f ? subnormal : normal;
-  return x < 0.0f ? -rounded : rounded;
+  const vi bits = bits_of(magnitude);
+  vf normal = from_bits((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF);
+  vf rounded = select(magnitude < 6.103515625e-05f, subnormal, normal);
+  return select(negative, -rounded, rounded);
 }
 
 struct Beam {
@@ -41,10 +39,10 @@ inline void insert(Beam& beam, int limit, vf cost, vi code) {
     vi better = cost < beam.cost[p];
     vf other_cost = beam.cost[p];
     vi other_code = beam.code[p];
-    beam.cost[p] = better ? cost : other_cost;
-    beam.code[p] = better ? code : other_code;
-    cost = better ? other_cost : cost;
-    code = better ? other_code : code;
+    beam.cost[p] = select(better, cost, other_cost);
+    beam.code[p] = select(better, code, other_code);
+    cost = select(better, other_cost, cost);
+    code = select(better, other_code, code);
   }
 }
 
@@ -81,18 +79,6 @@ inline vi choose(const Nest& nest, const vf* target, const vf* scale, const vf* 
 
 inline vf value(const Nest& nest, int l, vi code, vf scale, vf zero) {
   return scale * (to_float(code >> (nest.bits[nest.num_levels - 1] - nest.bits[l])) - zero);
-}
-
-inline vi load_codes(const uint8_t* p) {
-  typedef uint8_t bytes __attribute__((vector_size(kLanes)));
-  bytes v;
-  std::memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, vi);
-}
-inline void store_codes(uint8_t* p, vi v) {
-  typedef uint8_t bytes __attribute__((vector_size(kLanes)));
-  const bytes narrow = __builtin_convertvector(v, bytes);
-  std::memcpy(p, &narrow, sizeof narrow);
 }
 
 inline void load_grid(const Nest& nest, const Columns& c, int column, int row, vf* scale, vf* zero) {
@@ -134,7 +120,7 @@ void greedy(const Nest& nest, const Columns& c, const float* upper, const float*
         load_grid(nest, c, i, row, scale, zero);
         const vf* target = &rest[size_t(i) * L];
         const vi code = choose(nest, target, scale, zero, splat(int32_t(0)));
-        store_codes(codes + size_t(i) * c.rows + row, code);
+        store_bytes(codes + size_t(i) * c.rows + row, code);
         const float inverse = 1.0f / upper[size_t(i) * n + i];
         for (int l = 0; l < L; ++l) {
           e[l] = (target[l] - value(nest, l, code, scale[l], zero[l])) * inverse;
@@ -159,7 +145,7 @@ void descend(const Nest& nest, const Columns& c, const float* hessian, const flo
       for (int i = 0; i < n; ++i) {
         vf scale[kMaxLevels], zero[kMaxLevels], target[kMaxLevels], now[kMaxLevels], moved[kMaxLevels];
         load_grid(nest, c, i, row, scale, zero);
-        const vi old = load_codes(codes + size_t(i) * c.rows + row);
+        const vi old = load_bytes(codes + size_t(i) * c.rows + row);
         const float inverse = 1.0f / hessian[size_t(i) * n + i];
         for (int l = 0; l < L; ++l) {
           now[l] = value(nest, l, old, scale[l], zero[l]);
@@ -173,7 +159,7 @@ void descend(const Nest& nest, const Columns& c, const float* hessian, const flo
           const vf after = target[l] - value(nest, l, code, scale[l], zero[l]);
           gain += nest.lambda[l] * (before * before - after * after);
         }
-        const vi chosen = gain > 0.0f ? code : old;
+        const vi chosen = select(gain > 0.0f, code, old);
         const vi changed = chosen != old;
         int any = 0;
         for (int lane = 0; lane < kLanes; ++lane) any |= changed[lane];
@@ -182,7 +168,7 @@ void descend(const Nest& nest, const Columns& c, const float* hessian, const flo
           store(step + (size_t(i) * L + l) * c.rows + row, moved[l]);
         }
         if (!any) continue;
-        store_codes(codes + size_t(i) * c.rows + row, chosen);
+        store_bytes(codes + size_t(i) * c.rows + row, chosen);
         for (int j = i + 1; j < n; ++j)
           for (int l = 0; l < L; ++l) rest[size_t(j) * L + l] -= moved[l] * hessian[size_t(i) * n + j];
       }
@@ -223,7 +209,7 @@ void refit(const Nest& nest, const Group& group, const float* metric, const floa
         const vf s = load(scale + at), z = load(zero + at);
         const vf centre = group.symmetric ? z : splat(0.5f * float((1 << nest.bits[l]) - 1));
         const int shift = nest.bits[L - 1] - nest.bits[l];
-        for (int j = 0; j < n; ++j) unit[j] = to_float(load_codes(codes + size_t(j) * rows + row) >> shift) - centre;
+        for (int j = 0; j < n; ++j) unit[j] = to_float(load_bytes(codes + size_t(j) * rows + row) >> shift) - centre;
         product(metric, unit, n, moved);
         const vf offset = s * (centre - z);
         vf cc = {}, c1 = {}, cg = {}, g1 = {};
@@ -250,18 +236,18 @@ void refit(const Nest& nest, const Group& group, const float* metric, const floa
           const vf determinant = cc * n1 - c1 * c1;
           new_scale = to_half(s + (n1 * cg - c1 * g1) / maximum(determinant, splat(1e-30f)));
           sane = (new_scale >= smallest) & (determinant > 1e-6f * cc * n1);
-          new_scale = sane ? new_scale : s;
+          new_scale = select(sane, new_scale, s);
           // With the scale rounded, the best offset follows from the second equation alone.
           new_zero = to_half(centre - (offset + (g1 - c1 * (new_scale - s)) / n1) / new_scale);
         }
         vf ds = new_scale - s, db = new_scale * (centre - new_zero) - offset;
         const vf gain = 2.0f * (ds * cg + db * g1) - (ds * ds * cc + 2.0f * ds * db * c1 + db * db * n1);
         const vi better = sane & (gain > 0.0f);
-        store(scale + at, better ? new_scale : s);
-        store(zero + at, better ? new_zero : z);
+        store(scale + at, select(better, new_scale, s));
+        store(zero + at, select(better, new_zero, z));
         if (!step) continue;
-        ds = better ? ds : splat(0.0f);
-        db = better ? db : splat(0.0f);
+        ds = select(better, ds, splat(0.0f));
+        db = select(better, db, splat(0.0f));
         for (int j = 0; j < n; ++j) {
           store(step + at + j * stride, ds * unit[j] + db);
           store(gradient + at + j * stride, load(gradient + at + j * stride) - (ds * moved[j] + db * ones[j]));
@@ -302,9 +288,9 @@ void fit(const Nest& nest, int columns, int rows, const float* importance, const
           loss += importance[j] * d * d;
         }
         const vi better = loss < best;
-        best = better ? loss : best;
-        best_scale = better ? s : best_scale;
-        best_zero = better ? z : best_zero;
+        best = select(better, loss, best);
+        best_scale = select(better, s, best_scale);
+        best_zero = select(better, z, best_zero);
       }
       store(scale + size_t(l) * rows + row, best_scale);
       store(zero + size_t(l) * rows + row, best_zero);

@@ -72,8 +72,7 @@ ELASTIQ_INLINE void group_sums(const Weight& w, const uint8_t* const (*plane)[R]
           for (int h = 0; h < H; ++h) digit[h] = N == 2 ? sum[b][t][h][s][0] + sum[b][t][h][s][N - 1] : sum[b][t][h][s][0];
           slices[s] = H == 2 ? (digit[0] << 8) + digit[H - 1] : digit[0];
         }
-        vi total;
-        std::memcpy(&total, slices, sizeof total);
+        const vi total = load(reinterpret_cast<const int32_t*>(slices));
         f[b][t] += to_float(total) * (scale[t * scales + piece] * (1.0f / (1 << kSpare<R>)));
       }
     }
@@ -103,8 +102,7 @@ ELASTIQ_INLINE void group_floats(const uint8_t* const* plane, const float* const
   }
   ELASTIQ_UNROLL
   for (int t = 0; t < T; ++t) {
-    std::memcpy(&f[t], sum[t], sizeof f[t]);
-    f[t] *= 1.0f / (1 << kSpare<R>);
+    f[t] = load(reinterpret_cast<const float*>(sum[t])) * (1.0f / (1 << kSpare<R>));
   }
 }
 
@@ -235,7 +233,6 @@ void decode_rows(const Weight& w, int block, int first, int n, void* values, Dty
     kTileCodes[w.bits - 1](w, block, tile, code);
     const int begin = tile * kTileInputs;
     const int width = w.in_features - begin < kTileInputs ? w.in_features - begin : kTileInputs;
-    vf scale, zero;
     for (int i = 0; i < width; i += kLanes) {
       const int some = width - i < kLanes ? width - i : kLanes;
       vf scales[kLanes], zeros[kLanes];
@@ -245,13 +242,12 @@ void decode_rows(const Weight& w, int block, int first, int n, void* values, Dty
         zeros[k] = load_zero(w, at);
       }
       for (int row = first; row < first + n; ++row) {
-        vi number;
-        for (int k = 0; k < kLanes; ++k) number[k] = code[row][i + k] >> spare;
-        if (whole) {
-          scale = splat(scales[0][row]);
-          zero = splat(zeros[0][row]);
-        } else {
-          for (int k = 0; k < some; ++k) scale[k] = scales[k][row], zero[k] = zeros[k][row];
+        const vi number = load_bytes(code[row] + i) >> spare;
+        vf scale = splat(scales[0][row]), zero = splat(zeros[0][row]);
+        if (!whole) {
+          float each[2][kLanes] = {};
+          for (int k = 0; k < some; ++k) each[0][k] = scales[k][row], each[1][k] = zeros[k][row];
+          scale = load(each[0]), zero = load(each[1]);
         }
         store_some(values, dtype, to + size_t(row - first) * w.in_features + begin + i, some, (to_float(number) - zero) * scale);
       }
@@ -294,7 +290,7 @@ void tile(const uint8_t* plane, int64_t rows, int64_t row_bytes, uint8_t* tiles,
     const uint8_t* from = plane + block * kTileRows * row_bytes;
     const int64_t left = rows - block * kTileRows, n = left < kTileRows ? left : kTileRows;
     for (int64_t word = 0; word < words; ++word) {
-      vi line{};
+      int32_t line[kTileRows] = {};
       if (n == kTileRows && word < row_bytes / 4) {
         ELASTIQ_UNROLL
         for (int row = 0; row < kTileRows; ++row) {
@@ -310,8 +306,8 @@ void tile(const uint8_t* plane, int64_t rows, int64_t row_bytes, uint8_t* tiles,
         }
       }
       // Bit 4 * j + i becomes bit 8 * i + j: the index turns by two places.
-      line = unshuffle(unshuffle(line));
-      std::memcpy(tiles + (block * words + word) * kTileBytes, &line, kTileBytes);
+      store(line, unshuffle(unshuffle(load(line))));
+      std::memcpy(tiles + (block * words + word) * kTileBytes, line, kTileBytes);
     }
   }
 }

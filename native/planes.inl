@@ -172,18 +172,15 @@ ELASTIQ_INLINE vf load_half(const uint16_t* p) {
 #if defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__)
-  vf v;
-  const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-  const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
-  std::memcpy(&v, &low, 32);
-  std::memcpy((char*)&v + 32, &high, 32);
-  return v;
+  return {half_vf(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))),
+          half_vf(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1)))};
 #else
-  vi h;
-  for (int i = 0; i < kLanes; ++i) h[i] = p[i];
+  int32_t wide[kLanes];
+  for (int i = 0; i < kLanes; ++i) wide[i] = p[i];
+  const vi h = load(wide);
   const vf magnitude = from_bits((h & 0x7FFF) << 13) * 0x1p112f;  // also right for subnormals
   const vi special = bits_of(magnitude) | 0x7F800000;
-  const vi value = (h & 0x7C00) == 0x7C00 ? special : bits_of(magnitude);
+  const vi value = select((h & 0x7C00) == 0x7C00, special, bits_of(magnitude));
   return from_bits(value | ((h & 0x8000) << 16));
 #endif
 }
@@ -193,19 +190,17 @@ ELASTIQ_INLINE void store_half(uint16_t* p, vf x) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
-  __m256 half[2];
-  std::memcpy(half, &x, 64);
-  for (int i = 0; i < 2; ++i)
-    _mm_storeu_si128((__m128i*)p + i, _mm256_cvtps_ph(half[i], _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x.low, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128((__m128i*)p + 1, _mm256_cvtps_ph((__m256)x.high, _MM_FROUND_TO_NEAREST_INT));
 #else
   const vi bits = bits_of(x), magnitude = bits & 0x7FFFFFFF;
   const vf absolute = from_bits(magnitude);
   // Below 2^-14 the spacing is 2^-24: adding 0.5 leaves the rounded multiple in the last bits.
   const vi subnormal = bits_of(absolute + 0.5f) - 0x3F000000;
   const vi normal = (magnitude + 0x0FFF + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
-  vi half = magnitude < 0x38800000 ? subnormal : normal;
-  half = magnitude >= 0x477FF000 ? splat(0x7C00) : half;
-  half = magnitude > 0x7F800000 ? splat(0x7E00) : half;
+  vi half = select(magnitude < 0x38800000, subnormal, normal);
+  half = select(magnitude >= 0x477FF000, splat(0x7C00), half);
+  half = select(magnitude > 0x7F800000, splat(0x7E00), half);
   half |= (bits >> 16) & 0x8000;
   for (int i = 0; i < kLanes; ++i) p[i] = uint16_t(half[i]);
 #endif
@@ -214,7 +209,7 @@ ELASTIQ_INLINE void store_half(uint16_t* p, vf x) {
 ELASTIQ_INLINE vi to_bfloat(vf x) {
   const vi bits = bits_of(x);
   const vi rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  return (bits & 0x7FFFFFFF) > 0x7F800000 ? splat(0x7FC0) : rounded & 0xFFFF;
+  return select((bits & 0x7FFFFFFF) > 0x7F800000, splat(0x7FC0), rounded & 0xFFFF);
 }
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -238,6 +233,7 @@ ELASTIQ_INLINE void store_some(void* values, Dtype dtype, size_t at, int n, vf x
 // Elements `at` to `at + n` of an array, the rest zeros.
 ELASTIQ_INLINE vf load_some(const void* values, Dtype dtype, size_t at, int n) {
   if (dtype == kFloat32) {
+    if (n == kLanes) return load((const float*)values + at);
     float v[kLanes] = {};
     std::memcpy(v, (const float*)values + at, n * sizeof(float));
     return load(v);
@@ -245,14 +241,18 @@ ELASTIQ_INLINE vf load_some(const void* values, Dtype dtype, size_t at, int n) {
   uint16_t v[kLanes] = {};
   std::memcpy(v, (const uint16_t*)values + at, n * sizeof(uint16_t));
   if (dtype == kFloat16) return load_half(v);
-  vi wide;
+  int32_t wide[kLanes];
   for (int i = 0; i < kLanes; ++i) wide[i] = v[i];
-  return from_bits(wide << 16);
+  return from_bits(load(wide) << 16);
 }
 
 ELASTIQ_INLINE void store_some(void* values, Dtype dtype, size_t at, int n, vf x) {
   if (dtype == kFloat32) {
-    std::memcpy((float*)values + at, &x, n * sizeof(float));
+    float* to = (float*)values + at;
+    if (n == kLanes) return store(to, x);
+    float v[kLanes];
+    store(v, x);
+    std::memcpy(to, v, n * sizeof(float));
     return;
   }
   uint16_t v[kLanes];

@@ -12,7 +12,7 @@ inline float sum(vf v) {
   typedef float v8 __attribute__((vector_size(32)));
   typedef float v4 __attribute__((vector_size(16)));
   v8 halves[2];
-  std::memcpy(halves, &v, sizeof v);
+  store(reinterpret_cast<float*>(halves), v);
   const v8 eight = halves[0] + halves[1];
   v4 quarters[2];
   std::memcpy(quarters, &eight, sizeof eight);
@@ -62,7 +62,13 @@ void mix(const float* x, const Rotation& map, int n, float* out) {
       vf total = {};
       for (int k = 0; k < size; ++k)
         total += load(map.rest + k * stride + j) * (map.factors[first + k] * x[first + k]);
-      std::memcpy(out + first + j, &total, (size - j < kLanes ? size - j : kLanes) * sizeof(float));
+      if (size - j >= kLanes) {
+        store(out + first + j, total);
+      } else {
+        float last[kLanes];
+        store(last, total);
+        std::memcpy(out + first + j, last, (size - j) * sizeof(float));
+      }
     }
   for (int distance = size; distance < n; distance *= 2)
     for (int first = 0; first < n; first += 2 * distance) {
