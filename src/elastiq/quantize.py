@@ -231,22 +231,29 @@ class _Run:
         self.report(f"solving {unit}", len(sites), len(sites))
         beside = {name: self.stream.parameter(block, name) * factor for name, factor in absorbed.factors.items()}
         if self.recipe.block_tuner is not None and block != -1:
-            self._tune(self.recipe.block_tuner, unit, solved, beside)
+            originals = {site.name: weight for site, (weight, _) in zip(sites, given, strict=True)}
+            self._tune(self.recipe.block_tuner, unit, solved, originals, beside)
             for site, row, (weight, stats) in zip(sites, rows, given, strict=True):
                 set_errors(row, weight, solved[site], stats)
         self.writer.write_unit(unit, solved, rows, beside)
 
     def _tune(
-        self, tuner: Tuner, unit: str, solved: dict[Site, QuantizedWeight], beside: Mapping[str, Tensor]
+        self,
+        tuner: Tuner,
+        unit: str,
+        solved: dict[Site, QuantizedWeight],
+        originals: Mapping[str, Tensor],
+        beside: Mapping[str, Tensor],
     ) -> None:
-        """Replace the codes and scales of a block by what `tuner` makes of them. beside: what else of it is new."""
-        block = self.stream.block
+        """Replace the codes and scales of a block by what `tuner` makes of them. originals: what was solved for.
+        beside: what else of the block is new."""
+        objective = partial(self.stream.objective, self.stream.block, originals, beside)
         weights: Mapping[str, QuantizedWeight] = {site.name: weight for site, weight in solved.items()}
         for levels in tuner.groups(self.recipe.levels):
             what = f"tuning {unit} at {', '.join(map(str, levels))} bits"
-            calls = tuner.calls(len(self.stream.objective(block, beside, lambda done: None)), levels)
+            calls = tuner.calls(len(objective(lambda done: None)), levels)
             called = partial(self._report_tuning, what, calls)
-            tuned = tuner.tune(self.stream.objective(block, beside, called), weights, levels, Forgetful())
+            tuned = tuner.tune(objective(called), weights, levels, Forgetful())
             if tuned.after == tuned.before:
                 log.warning("%s gained nothing on the windows kept apart and was given up", what)
             weights = tuned.weights

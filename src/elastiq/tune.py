@@ -160,6 +160,9 @@ class TextObjective:
         """Most probable tokens and their log probabilities, [positions, known]."""
         return most_probable(self._logits(weight, windows))
 
+    def original(self, name: str) -> None:
+        """Freed once the full model has answered."""
+
     def _logits(self, weight: Weights, windows: Sequence[int]) -> Tensor:
         """[positions, vocabulary] of the model with these matrices."""
         arguments = {"input_ids": self._ids[list(windows)].to(self._device), "use_cache": False}

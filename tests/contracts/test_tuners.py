@@ -61,6 +61,9 @@ class TwoLayers:
         with torch.no_grad():
             return (self.answer(weight, self.x[list(windows)]),)
 
+    def original(self, name: str) -> Tensor:
+        return self.weights[name]
+
     def answer(self, weight: Callable[[str], Tensor], x: Tensor) -> Tensor:
         return (x @ weight("a").T).relu() @ weight("b").T
 

@@ -48,24 +48,39 @@ def train(objective: Objective, terms: dict[str, Codes], level: int, tuner: Scal
 
 
 @torch.no_grad()
-def moved(codes: Codes, low: int, moves: Tensor) -> Tensor:
+def moved(codes: Codes, low: int, moves: Tensor, original: Tensor | None = None) -> Tensor:
     """Codes of weights that have moved by `moves` cells of level `low`: the nearest in the cell they are in now."""
-    size = 2 ** (codes.grid.bits - low)
+    grid = codes.grid
+    size, top, index = 2 ** (grid.bits - low), 2**grid.bits - 1, grid.levels.index(grid.bits)
     result = codes.codes.clone()
     for i, row in enumerate(codes.codes.tolist()):
         for j, code in enumerate(row):
-            cell = math.floor((code + 0.5) / size + float(moves[i, j]))
+            place = code + 0.5
+            if original is not None and size == 1:
+                group = j // grid.group_size
+                lies = float(original[i, j] / grid.scale[index, i, group] + grid.zero_point[index, i, group]) + 0.5
+                if min(max(math.floor(lies), 0), top) == code:
+                    place = lies
+            cell = math.floor(place / size + float(moves[i, j]))
             cell = min(max(cell, 0), 2**low - 1)
             inside = range(cell * size, (cell + 1) * size)
             result[i, j] = min(inside, key=lambda other: abs(other - code))
     return result
 
 
-def read_moved(codes: Codes, levels: tuple[int, ...], level: int, moves: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def read_moved(
+    codes: Codes,
+    levels: tuple[int, ...],
+    level: int,
+    moves: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    original: Tensor | None = None,
+) -> Tensor:
     """[out, in] float64 at `level`; moves pass gradients as if values were linear in them. scale, zero: changes."""
     grid = codes.grid
     index, group = grid.levels.index(level), torch.arange(codes.codes.shape[1]) // grid.group_size
-    code = (moved(codes, levels[0], moves.detach()) >> (grid.bits - level)).double()
+    code = (moved(codes, levels[0], moves.detach(), original) >> (grid.bits - level)).double()
     code = code + 2.0 ** (level - levels[0]) * (moves - moves.detach())
     scales = grid.scale[index].double() * (1 + scale)
     zeros = grid.zero_point[index].double() + (2**level - 1) / 2 * zero
@@ -92,7 +107,7 @@ def train_moving(
 
     def read(name: str, level: int) -> Tensor:
         pair = changes[name, level, "scale"], changes[name, level, "zero"]
-        return read_moved(terms[name], levels, level, moves[name], *pair).float()
+        return read_moved(terms[name], levels, level, moves[name], *pair, objective.original(name)).float()
 
     before = {}
     for level in levels:
@@ -120,5 +135,5 @@ def train_moving(
                 tensor.sub_(shape * rate * mean / (spread.sqrt() + 1e-12))
             for move in moves.values():
                 move.clamp_(-tuner.reach, tuner.reach)
-    codes = {name: moved(terms[name], levels[0], moves[name]) for name in terms}
+    codes = {name: moved(terms[name], levels[0], moves[name], objective.original(name)) for name in terms}
     return codes, {name: {level: read(name, level).detach() for level in levels} for name in terms}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from contracts.data import weight_and_stats
@@ -12,6 +14,7 @@ from elastiq.core import Codes, QuantizedWeight, Stats
 from elastiq.formats import Integer
 from elastiq.linalg.training import MovingCodes
 from elastiq.solvers import RoundToNearest
+from elastiq.terms import Hadamard, Sparse
 from elastiq.tuners import CoDistillation, SignRound
 from elastiq.tuners.gumbel import _Choice
 
@@ -24,20 +27,23 @@ def matrix(levels: tuple[int, ...] = LEVELS) -> Codes:
     return codes
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("levels", [LEVELS, (3, 5), (5,)], ids=str)
-def test_moved_codes_and_their_gradients(levels: tuple[int, ...]) -> None:
+def test_moved_codes_and_their_gradients(levels: tuple[int, ...], known: bool) -> None:
     codes = matrix()
-    part = MovingCodes(QuantizedWeight((codes,)), levels, reach=1.0)
+    original = weight_and_stats(6, 70)[0] if known else None
+    part = MovingCodes(QuantizedWeight((codes,)), levels, 1.0, original)
     moves = 0.6 * torch.randn(codes.codes.shape, generator=torch.Generator().manual_seed(1))
     part.moves.data.copy_(moves)
     moves = moves.clamp(-1, 1)
-    assert torch.equal(part.codes(), moved(codes, levels[0], moves)) and not torch.equal(part.codes(), codes.codes)
+    assert torch.equal(part.codes(), moved(codes, levels[0], moves, original))
+    assert not torch.equal(part.codes(), codes.codes)
     for level in levels:
         direction = torch.randn(codes.codes.shape, generator=torch.Generator().manual_seed(2))
         slow = [moves.double(), *(torch.zeros(codes.grid.scale[0].shape, dtype=torch.float64) for _ in range(2))]
         for tensor in slow:
             tensor.requires_grad_()
-        values = read_moved(codes, levels, level, *slow)
+        values = read_moved(codes, levels, level, *slow, original)
         assert torch.allclose(part.decode(level), values.float(), atol=1e-6)
         (part.decode(level) * direction).sum().backward()
         (values * direction).sum().backward()
@@ -45,6 +51,38 @@ def test_moved_codes_and_their_gradients(levels: tuple[int, ...]) -> None:
             assert fast.grad is not None and twin.grad is not None
             assert torch.allclose(fast.grad.double(), twin.grad, rtol=1e-4, atol=1e-5 * float(twin.grad.abs().max()))
             fast.grad = None
+
+
+def test_places_start_where_the_weights_are() -> None:
+    """A small move takes those to the next code that lie at the edge of theirs, behind folds and beside side terms too;
+    a weight whose code is not the nearest starts in the middle of it, one beyond the grid does not come in."""
+    weight = weight_and_stats(6, 64)[0]
+    fold = Hadamard.of(torch.arange(64) % 3 == 0)
+    apart = torch.zeros(6, 64, dtype=torch.bool).index_fill(1, torch.tensor([5]), True)
+    side = Sparse.at(apart, fold.into(weight)[apart].half())
+    target = fold.into(weight) - side.dense(2)
+    (codes,) = RoundToNearest().solve(target, Integer((2,), 32), Stats())
+    assert isinstance(codes, Codes)
+    scale, zero = (x[0].repeat_interleave(32, 1) for x in (codes.grid.scale, codes.grid.zero_point))
+    place = target / scale + zero + 0.5
+    other = codes.codes.clone()
+    other[0] = (codes.codes[0] + 1) % 4
+    for moved_to in (0.1, -0.1):
+        part = MovingCodes(QuantizedWeight((replace(codes, codes=other), side), (fold,)), (2,), 0.5, weight)
+        part.moves.data.fill_(moved_to)
+        assert torch.equal(part.codes()[0], other[0])
+        assert torch.equal(part.codes()[1:], (place + moved_to).floor().clamp(0, 3)[1:].to(torch.uint8))
+        assert 0.02 < float((part.codes() != other).float().mean()) < 0.2
+
+
+def test_single_codes_move_at_the_default_rate() -> None:
+    """From rounding, as in AutoRound; what is trained beside them, scales, gives less."""
+    model = TwoLayers()
+    weights = rounded(model, Integer((2,), 32))
+    moving, still = (tuner.tune(model, weights, (2,), Memory()) for tuner in (SignRound(), SignRound(rate=1e-9)))
+    changed = [codes_of(moving.weights)[name].codes != codes.codes for name, codes in codes_of(weights).items()]
+    assert all(0.01 < float(each.float().mean()) < 0.2 for each in changed)
+    assert model.loss_of(moving.weights, 2) < 0.9 * model.loss_of(still.weights, 2)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ class BlockObjective:
     """Mean square distance of a block's outputs from the outputs kept of it; an `Objective`.
 
     sites: the block's matrices. block: name of its module. run: window and parameters of the block -> outputs.
-    outputs: [windows, seq_len, hidden]. called: told before each loss how many were computed.
+    outputs: [windows, seq_len, hidden]. originals: the matrices [out, in] by name. called: told before each loss how
+    many were computed.
     """
 
     def __init__(
@@ -25,13 +26,15 @@ class BlockObjective:
         block: str,
         run: Run,
         outputs: Tensor,
+        originals: Mapping[str, Tensor],
         dtype: torch.dtype,
         device: torch.device | str,
         called: Callable[[int], None],
     ) -> None:
         parameters = by_parameter(sites)
         self._parameters = {name.removeprefix(f"{block}."): members for name, members in parameters.items()}
-        self._run, self._outputs, self._dtype, self._device = run, outputs, dtype, device
+        self._run, self._outputs, self._originals = run, outputs, originals
+        self._dtype, self._device = dtype, device
         self._calls, self._called = 0, called
 
     def __len__(self) -> int:
@@ -55,6 +58,9 @@ class BlockObjective:
     def answers(self, weight: Callable[[str], Tensor], windows: Sequence[int]) -> tuple[Tensor, ...]:
         """Outputs [windows, seq_len, hidden]."""
         return (torch.stack(list(self._each(weight, windows))),)
+
+    def original(self, name: str) -> Tensor | None:
+        return self._originals.get(name)
 
     def _each(self, weight: Callable[[str], Tensor], windows: Sequence[int]) -> Sequence[Tensor]:
         parameters = {

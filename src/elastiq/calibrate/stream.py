@@ -163,10 +163,14 @@ class BlockStream:
         return bool(((after - before).flatten(2).norm(dim=-1) <= tolerance * added).all())
 
     def objective(
-        self, block: int, beside: Mapping[str, Tensor], called: Callable[[int], None]
+        self,
+        block: int,
+        originals: Mapping[str, Tensor],
+        beside: Mapping[str, Tensor],
+        called: Callable[[int], None],
     ) -> BlockObjective:
         """The distance of the block's outputs from those that `collect` found. beside: new values of parameters that
-        are not quantized, by name. called: as in `BlockObjective`."""
+        are not quantized, by name. originals, called: as in `BlockObjective`."""
         self._check_order(block)
         if not self._done or self._outputs is None:
             raise ValueError("the objective is known after collect")
@@ -182,7 +186,7 @@ class BlockStream:
             return call.run(replaced, self._batch(window, window + 1))[0]
 
         sites, name = self.layout.at(block), self.layout.blocks[block]
-        return BlockObjective(sites, name, run, self._outputs, self._dtype, self._device, called)
+        return BlockObjective(sites, name, run, self._outputs, originals, self._dtype, self._device, called)
 
     @torch.no_grad()
     def advance(self, block: int, replaced: Mapping[str, Tensor] | None = None) -> None:

@@ -141,6 +141,9 @@ class Objective(Protocol):
     def answers(self, weight: Callable[[str], Tensor], windows: Sequence[int]) -> tuple[Tensor, ...]:
         """What is answered to these windows with such matrices, without gradients."""
 
+    def original(self, name: str) -> Tensor | None:
+        """What matrix `name` stands for [out, in], None where that is no longer at hand."""
+
 
 class Journal(Protocol):
     """Keeps the state of long work, so that a killed run goes on from what was saved last."""

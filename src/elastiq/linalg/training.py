@@ -24,6 +24,7 @@ from ..core import (
     Tuner,
     decode_level,
     encode_level,
+    fold_in,
 )
 
 _STEPS_PER_SAVE = 8
@@ -89,12 +90,19 @@ class MovingCodes:
     cell the code is left alone, so that nothing changes at any level; in another cell it takes the code there that is
     nearest to its own. Places move by at most `reach` cells. The gradient of a code is passed to the place as if values
     were linear in it.
+
+    Where a code is a whole cell, because there are no wider levels, the place starts where `original` [out, in], what
+    the matrix stands for, lies in it, and in the middle if that is elsewhere or not known.
     """
 
-    def __init__(self, weight: QuantizedWeight, levels: Sequence[int], reach: float) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, levels: Sequence[int], reach: float, original: Tensor | None = None
+    ) -> None:
         codes = codes_of(weight)
         self._weight, self._codes, self._low, self._reach = weight, codes, levels[0], reach
         self._shift = codes.grid.bits - self._low
+        within = 0.5 if original is None or self._shift else _within(weight, codes, original)
+        self._start = (codes.codes + within) / 2**self._shift
         self.moves = torch.zeros(codes.codes.shape, device=codes.codes.device, requires_grad=True)
         self._scales = {level: Scales(codes.grid, level) for level in levels}
         self.trained = {level: scales.trained for level, scales in self._scales.items()}
@@ -102,9 +110,8 @@ class MovingCodes:
     @torch.no_grad()
     def codes(self) -> Tensor:
         """uint8 [out, in] at the top level; brings the moves back into their bounds."""
-        start = (self._codes.codes.float() + 0.5) / 2**self._shift
         self.moves.clamp_(-self._reach, self._reach)
-        cell = (start + self.moves).floor_().clamp_(0, 2**self._low - 1).int() << self._shift
+        cell = (self._start + self.moves).floor_().clamp_(0, 2**self._low - 1).int() << self._shift
         return self._codes.codes.int().clamp(cell, cell + (2**self._shift - 1)).to(torch.uint8)
 
     def decode(self, level: int) -> Tensor:
@@ -118,6 +125,21 @@ class MovingCodes:
     def finished(self) -> QuantizedWeight:
         """The matrix with its codes and scales, as they are stored."""
         return self._weight.with_first(with_scales(replace(self._codes, codes=self.codes()), self._scales.values()))
+
+
+def _within(weight: QuantizedWeight, codes: Codes, original: Tensor) -> Tensor:
+    """[out, in] where in the cells of its codes `original` lies, from 0 to 1, or beyond the ends of the grid; .5 where
+    it lies in another cell."""
+    grid, level = codes.grid, codes.grid.bits
+    index = grid.levels.index(level)
+    target = fold_in(weight.folds, original.to(codes.codes.device))
+    for term in weight.terms[1:]:
+        target = target - term.dense(level)
+    scale, zero_point = grid.scale[index].unsqueeze(-1), grid.zero_point[index].unsqueeze(-1)
+    place = (grouped(target, grid.group_size) / scale + zero_point + 0.5).flatten(1)[:, : target.shape[1]]
+    within = place - codes.codes
+    low, high = codes.codes == 0, codes.codes == 2**level - 1
+    return within.where((low | (within >= 0)) & (high | (within < 1)), 0.5)
 
 
 def codes_of(weight: QuantizedWeight) -> Codes:
@@ -366,7 +388,7 @@ class MovingTuner(JointTuner):
     def tune(
         self, objective: Objective, weights: Mapping[str, QuantizedWeight], levels: Sequence[int], journal: Journal
     ) -> Tuned:
-        parts = {name: MovingCodes(weight, levels, self.reach) for name, weight in weights.items()}
+        parts = {name: MovingCodes(w, levels, self.reach, objective.original(name)) for name, w in weights.items()}
         groups = [[part.moves for part in parts.values()]]
         groups += [[change for part in parts.values() for change in part.trained[level]] for level in levels]
         before, after = self.course.run(

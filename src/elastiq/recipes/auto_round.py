@@ -8,11 +8,14 @@ from typing import Any
 from ..core import Recipe
 from ..tuners import SignRound
 from .nested import nested
+from .rtn import rtn
 
 
 def auto_round(levels: tuple[int, ...] = (2, 3, 4, 6, 8), group_size: int = 64, **options: Any) -> Recipe:
-    """`nested`, then codes and scales of each block moved by the sign of gradients; with one level, AutoRound.
+    """Codes and scales of each block moved by the sign of gradients: of one level from `rtn`, as AutoRound does it, of
+    several from `nested`.
 
-    options: as in `nested`.
+    options: as in these.
     """
-    return replace(nested(levels, group_size, **options), block_tuner=SignRound())
+    start = rtn if len(levels) == 1 else nested
+    return replace(start(levels, group_size, **options), block_tuner=SignRound())

@@ -12,16 +12,17 @@ from ..linalg.training import Descent, MovingTuner, SignDescent
 class SignRound(MovingTuner, name="sign-round"):
     """Moves codes to neighbouring cells, and scales and zero points with them, by the sign of the gradient.
 
-    AutoRound (2309.05516), section 3, equations 3 to 5; AdaRound (2004.10568), section 3, is the same question asked
-    with a penalty instead of a sign. What differs: it starts from the solver's codes and not from rounding; on nested
-    codes a cell is one of the lowest level, a weight that stays in its cell keeps its code for all levels, and the loss
-    is the sum over the levels, each relative to what it was before; a wide level therefore holds back moves that help a
-    narrow one. Scales take the place of the clipping range: both ends of a group's range move.
+    AutoRound (2309.05516), section 3, equations 3 to 5, with its rates; AdaRound (2004.10568), section 3, is the same
+    question asked with a penalty instead of a sign. What differs: it starts from the solver's codes, which are
+    AutoRound's if the solver rounds to nearest; on nested codes a cell is one of the lowest level, a weight that stays
+    in its cell keeps its code for all levels, and the loss is the sum over the levels, each relative to what it was
+    before; a wide level therefore holds back moves that help a narrow one. Scales take the place of the clipping range:
+    both ends of a group's range move.
 
-    A weight's longest way is about `steps * rate / 2` cells: a quarter by default. With one level, whose codes do not
-    say where in its cell a weight was, all start in the middle and none comes to an edge: scales alone are trained.
-    Parameters as in `MovingTuner`.
+    A weight's longest way is about `steps * rate / 2` cells. Parameters as in `MovingTuner`.
     """
 
     resources: ClassVar[tuple[str, ...]] = ("gradients", "memory of what is judged, in float32")
     descent: ClassVar[type[Descent]] = SignDescent
+
+    scale_rate: float = 5e-3
