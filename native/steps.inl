@@ -55,21 +55,36 @@ void rotate(float* x, int heads, const Heads& shape, const float* cosine, const 
     }
 }
 
-void mix(const float* x, const Rotation& map, int n, float* out) {
+// R times each of B neighbouring parts of x, side by side, since the sums of one part wait for each other. What is
+// stored beyond a part is what the next one overwrites; only `end` is a bound.
+template <int B>
+ELASTIQ_INLINE void turn(const float* x, const float* factors, const Rotation& map, float* out, const float* end) {
   const int size = map.size, stride = (size + kLanes - 1) / kLanes * kLanes;
-  for (int first = 0; first < n; first += size)
-    for (int j = 0; j < size; j += kLanes) {
-      vf total = {};
-      for (int k = 0; k < size; ++k)
-        total += load(map.rest + k * stride + j) * (map.factors[first + k] * x[first + k]);
-      if (size - j >= kLanes) {
-        store(out + first + j, total);
+  for (int j = stride - kLanes; j >= 0; j -= kLanes) {
+    vf total[B] = {};
+    for (int k = 0; k < size; ++k) {
+      const vf column = load(map.rest + k * stride + j);
+      ELASTIQ_UNROLL
+      for (int b = 0; b < B; ++b) total[b] += column * (factors[b * size + k] * x[b * size + k]);
+    }
+    ELASTIQ_UNROLL
+    for (int b = 0; b < B; ++b) {
+      float* to = out + b * size + j;
+      if (end - to >= kLanes) {
+        store(to, total[b]);
       } else {
         float last[kLanes];
-        store(last, total);
-        std::memcpy(out + first + j, last, (size - j) * sizeof(float));
+        store(last, total[b]);
+        std::memcpy(to, last, (end - to) * sizeof(float));
       }
     }
+  }
+}
+
+void mix(const float* x, const Rotation& map, int n, float* out) {
+  const int size = map.size, parts = n / size, together = parts < 4 ? 1 : 4;  // parts: a power of two
+  for (int first = 0; first < n; first += together * size)
+    (together == 4 ? turn<4> : turn<1>)(x + first, map.factors + first, map, out + first, out + n);
   for (int distance = size; distance < n; distance *= 2)
     for (int first = 0; first < n; first += 2 * distance) {
       float *a = out + first, *b = a + distance;
