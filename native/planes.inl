@@ -172,8 +172,8 @@ ELASTIQ_INLINE vf load_half(const uint16_t* p) {
 #if defined(__AVX512F__)
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__)
-  return {half_vf(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))),
-          half_vf(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1)))};
+  return {register_f(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))),
+          register_f(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1)))};
 #else
   int32_t wide[kLanes];
   for (int i = 0; i < kLanes; ++i) wide[i] = p[i];

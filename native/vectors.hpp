@@ -18,18 +18,35 @@ namespace {
 
 constexpr int kLanes = 16;
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// A value wider than a register would live in memory, so here it is two that are not.
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+typedef float register_f __attribute__((vector_size(kRegisterBytes)));
+typedef int32_t register_i __attribute__((vector_size(kRegisterBytes)));
+
+ELASTIQ_INLINE register_f select(register_i mask, register_f a, register_f b) { return mask ? a : b; }
+ELASTIQ_INLINE register_i select(register_i mask, register_i a, register_i b) { return mask ? a : b; }
+ELASTIQ_INLINE register_f to_float(register_i x) { return __builtin_convertvector(x, register_f); }
+ELASTIQ_INLINE register_i to_int(register_f x) { return __builtin_convertvector(x, register_i); }
+ELASTIQ_INLINE register_i bits_of(register_f x) { return reinterpret_cast<register_i>(x); }
+ELASTIQ_INLINE register_f from_bits(register_i x) { return reinterpret_cast<register_f>(x); }
+
+#if defined(__AVX512F__)
+typedef register_f vf;
+typedef register_i vi;
+#else
+// gcc keeps a vector wider than a register in memory; its halves, or their halves, stay out of it.
 template <class Half>
 struct Pair {
   typedef __typeof__(Half{}[0] + 0) Element;
   Half low, high;
-  Element operator[](int i) const { return i < kLanes / 2 ? low[i] : high[i - kLanes / 2]; }
+  Element operator[](int i) const { return i < kHalf ? low[i] : high[i - kHalf]; }
+  static constexpr int kHalf = sizeof(Half) / sizeof(Element);
 };
-typedef float half_vf __attribute__((vector_size(2 * kLanes)));
-typedef int32_t half_vi __attribute__((vector_size(2 * kLanes)));
-typedef Pair<half_vf> vf;
-typedef Pair<half_vi> vi;
 
 #define ELASTIQ_OPERATOR(op)                                                                     \
   template <class H>                                                                             \
@@ -50,6 +67,11 @@ typedef Pair<half_vi> vi;
   ELASTIQ_INLINE Pair<H>& operator op##=(Pair<H>& a, B b) {                                      \
     return a = a op b;                                                                           \
   }
+#define ELASTIQ_CONVERSION(f)                                                                    \
+  template <class H>                                                                             \
+  ELASTIQ_INLINE auto f(Pair<H> x) {                                                             \
+    return Pair<decltype(f(x.low))>{f(x.low), f(x.high)};                                        \
+  }
 ELASTIQ_ARITHMETIC(+)
 ELASTIQ_ARITHMETIC(-)
 ELASTIQ_ARITHMETIC(*)
@@ -64,98 +86,83 @@ ELASTIQ_OPERATOR(>)
 ELASTIQ_OPERATOR(>=)
 ELASTIQ_OPERATOR(==)
 ELASTIQ_OPERATOR(!=)
+ELASTIQ_CONVERSION(to_float)
+ELASTIQ_CONVERSION(to_int)
+ELASTIQ_CONVERSION(bits_of)
+ELASTIQ_CONVERSION(from_bits)
 template <class H>
 ELASTIQ_INLINE Pair<H> operator-(Pair<H> a) {
   return {-a.low, -a.high};
 }
-
-template <class H>
-ELASTIQ_INLINE Pair<H> select(vi mask, Pair<H> a, Pair<H> b) {
-  return {mask.low ? a.low : b.low, mask.high ? a.high : b.high};
-}
-ELASTIQ_INLINE vf splat(float x) { return {half_vf{} + x, half_vf{} + x}; }
-ELASTIQ_INLINE vi splat(int32_t x) { return {half_vi{} + x, half_vi{} + x}; }
-ELASTIQ_INLINE vf to_float(vi x) {
-  return {__builtin_convertvector(x.low, half_vf), __builtin_convertvector(x.high, half_vf)};
-}
-ELASTIQ_INLINE vi to_int(vf x) {
-  return {__builtin_convertvector(x.low, half_vi), __builtin_convertvector(x.high, half_vi)};
-}
-ELASTIQ_INLINE vi bits_of(vf x) { return {reinterpret_cast<half_vi>(x.low), reinterpret_cast<half_vi>(x.high)}; }
-ELASTIQ_INLINE vf from_bits(vi x) { return {reinterpret_cast<half_vf>(x.low), reinterpret_cast<half_vf>(x.high)}; }
-
-template <class Byte>
-ELASTIQ_INLINE vi load_bytes(const Byte* p) {
-  typedef Byte bytes __attribute__((vector_size(kLanes / 2)));
-  bytes b[2];
-  std::memcpy(b, p, sizeof b);
-  return {__builtin_convertvector(b[0], half_vi), __builtin_convertvector(b[1], half_vi)};
-}
-template <class Byte>
-ELASTIQ_INLINE void store_bytes(Byte* p, vi v) {
-  typedef Byte bytes __attribute__((vector_size(kLanes / 2)));
-  const bytes b[] = {__builtin_convertvector(v.low, bytes), __builtin_convertvector(v.high, bytes)};
-  std::memcpy(p, b, sizeof b);
+template <class M, class H>
+ELASTIQ_INLINE Pair<H> select(Pair<M> mask, Pair<H> a, Pair<H> b) {
+  return {select(mask.low, a.low, b.low), select(mask.high, a.high, b.high)};
 }
 
-// Half after half: a copy of the whole would go through memory.
-template <class V>
-ELASTIQ_INLINE V load_halves(const void* p) {
-  V v;
-  std::memcpy(&v.low, p, sizeof v.low);
-  std::memcpy(&v.high, static_cast<const char*>(p) + sizeof v.low, sizeof v.high);
-  return v;
-}
-template <class V>
-ELASTIQ_INLINE void store_halves(void* p, V v) {
-  std::memcpy(p, &v.low, sizeof v.low);
-  std::memcpy(static_cast<char*>(p) + sizeof v.low, &v.high, sizeof v.high);
-}
-ELASTIQ_INLINE vf load(const float* p) { return load_halves<vf>(p); }
-ELASTIQ_INLINE vi load(const int32_t* p) { return load_halves<vi>(p); }
-ELASTIQ_INLINE void store(float* p, vf v) { store_halves(p, v); }
-ELASTIQ_INLINE void store(int32_t* p, vi v) { store_halves(p, v); }
+#if defined(__AVX2__)
+typedef Pair<register_f> vf;
+typedef Pair<register_i> vi;
 #else
-typedef float vf __attribute__((vector_size(4 * kLanes)));
-typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
-
-ELASTIQ_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
-ELASTIQ_INLINE vi select(vi mask, vi a, vi b) { return mask ? a : b; }
-ELASTIQ_INLINE vf splat(float x) { return vf{} + x; }
-ELASTIQ_INLINE vi splat(int32_t x) { return vi{} + x; }
-ELASTIQ_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
-ELASTIQ_INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }
-ELASTIQ_INLINE vi bits_of(vf x) { return reinterpret_cast<vi>(x); }
-ELASTIQ_INLINE vf from_bits(vi x) { return reinterpret_cast<vf>(x); }
-
-template <class Byte>
-ELASTIQ_INLINE vi load_bytes(const Byte* p) {
-  typedef Byte bytes __attribute__((vector_size(kLanes)));
-  bytes b;
-  std::memcpy(&b, p, sizeof b);
-  return __builtin_convertvector(b, vi);
-}
-template <class Byte>
-ELASTIQ_INLINE void store_bytes(Byte* p, vi v) {
-  typedef Byte bytes __attribute__((vector_size(kLanes)));
-  const bytes b = __builtin_convertvector(v, bytes);
-  std::memcpy(p, &b, sizeof b);
-}
-
-ELASTIQ_INLINE vf load(const float* p) {
-  vf v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-ELASTIQ_INLINE vi load(const int32_t* p) {
-  vi v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-ELASTIQ_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-ELASTIQ_INLINE void store(int32_t* p, vi v) { std::memcpy(p, &v, sizeof v); }
+typedef Pair<Pair<register_f>> vf;
+typedef Pair<Pair<register_i>> vi;
+#endif
 #endif
 
+// Register after register: a copy of the whole would go through memory.
+template <class V, class Number>
+ELASTIQ_INLINE V splat_as(Number x) {
+  if constexpr (sizeof(V) == kRegisterBytes)
+    return V{} + x;
+  else
+    return {splat_as<decltype(V::low)>(x), splat_as<decltype(V::low)>(x)};
+}
+template <class V, class Number>
+ELASTIQ_INLINE V load_as(const Number* p) {
+  if constexpr (sizeof(V) == kRegisterBytes) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  } else {
+    return {load_as<decltype(V::low)>(p), load_as<decltype(V::low)>(p + V::kHalf)};
+  }
+}
+template <class V, class Byte>
+ELASTIQ_INLINE V load_bytes_as(const Byte* p) {
+  if constexpr (sizeof(V) == kRegisterBytes) {
+    typedef Byte bytes __attribute__((vector_size(kRegisterBytes / 4)));
+    bytes b;
+    std::memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(b, V);
+  } else {
+    return {load_bytes_as<decltype(V::low)>(p), load_bytes_as<decltype(V::low)>(p + V::kHalf)};
+  }
+}
+template <class Number, class V>
+ELASTIQ_INLINE void store(Number* p, V v) {
+  if constexpr (sizeof(V) == kRegisterBytes) {
+    std::memcpy(p, &v, sizeof v);
+  } else {
+    store(p, v.low);
+    store(p + V::kHalf, v.high);
+  }
+}
+template <class Byte, class V>
+ELASTIQ_INLINE void store_bytes(Byte* p, V v) {
+  if constexpr (sizeof(V) == kRegisterBytes) {
+    typedef Byte bytes __attribute__((vector_size(kRegisterBytes / 4)));
+    const bytes b = __builtin_convertvector(v, bytes);
+    std::memcpy(p, &b, sizeof b);
+  } else {
+    store_bytes(p, v.low);
+    store_bytes(p + V::kHalf, v.high);
+  }
+}
+
+ELASTIQ_INLINE vf splat(float x) { return splat_as<vf>(x); }
+ELASTIQ_INLINE vi splat(int32_t x) { return splat_as<vi>(x); }
+ELASTIQ_INLINE vf load(const float* p) { return load_as<vf>(p); }
+ELASTIQ_INLINE vi load(const int32_t* p) { return load_as<vi>(p); }
+ELASTIQ_INLINE vi load_bytes(const uint8_t* p) { return load_bytes_as<vi>(p); }
 ELASTIQ_INLINE vf minimum(vf a, vf b) { return select(a < b, a, b); }
 ELASTIQ_INLINE vf maximum(vf a, vf b) { return select(a > b, a, b); }
 
