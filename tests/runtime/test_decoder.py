@@ -176,6 +176,15 @@ def test_a_long_past_and_threads(llama: Any) -> None:
     assert close(found[0], logits(llama, TOKENS, cache))
 
 
+@pytest.mark.parametrize("heads", [8, 1])
+def test_heads_of_other_sizes_keep_their_own_code(tmp_path: Path, heads: int) -> None:
+    width = {8: 8, 1: 1024}[heads]
+    size = {"hidden_size": 64, "num_attention_heads": heads, "num_key_value_heads": 1, "head_dim": width}
+    model = rotated(tmp_path, size, lambda site: ())
+    assert close(logits(model), reference(model))
+    assert step(model).equal is False
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral", "phi3", "gpt2", "mixtral"])
 def test_other_structures_keep_their_own_code(checkpoints: Any, family: str) -> None:
     model = elastiq.load(checkpoints(family, False), bits=4)

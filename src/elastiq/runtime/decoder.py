@@ -215,8 +215,12 @@ class CompiledStep:
         known = self._path != "torch" and len(self._modes) == 1 and not any(self._hooks) and is_plain(decoder)
         self._compiled: Any = None
         if known:
-            self._compiled, rotations = _compile(decoder)
-            self._kept += rotations
+            try:
+                self._compiled, rotations = _compile(decoder)
+                self._kept += rotations
+            except ValueError as error:  # what is plain may still have sizes that compiled code is not made for
+                log.info("%s: %s; it keeps its own code", type(decoder).__name__, error)
+                known = False
         self.equal: bool | None = None if known else False
 
     def fits(self) -> bool:
