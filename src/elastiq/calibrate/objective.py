@@ -59,8 +59,8 @@ class BlockObjective:
         """Outputs [windows, seq_len, hidden]."""
         return (torch.stack(list(self._each(weight, windows))),)
 
-    def original(self, name: str) -> Tensor | None:
-        return self._originals.get(name)
+    def original(self, name: str) -> Tensor:
+        return self._originals[name]
 
     def _each(self, weight: Callable[[str], Tensor], windows: Sequence[int]) -> Sequence[Tensor]:
         parameters = {
