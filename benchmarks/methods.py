@@ -118,11 +118,11 @@ def measure(
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, by counted bits."""
-    lines = ["| method | width | bits per weight | perplexity | KL | top-1 | seconds | peak memory |"]
+    """Markdown, by width and KL divergence."""
+    lines = ["| method | width | bits per weight | perplexity | KL | top-1 | seconds | peak MiB |"]
     lines.append("|---|---|---|---|---|---|---|---|")
-    for row in sorted(rows, key=lambda row: (row["bits_per_weight"], row["perplexity"])):
-        scores = f"{row['perplexity']:.2f} | {row['kl']:.4f} | {row['top1']:.3f}"
-        cost = f"{row['seconds']:.0f} | {row['peak_memory'] // 2**20} MiB"
+    for row in sorted(rows, key=lambda row: (row["bits"], row["kl"])):
+        scores = f"{row['perplexity']:.2f} | {row['kl']:.5f} | {row['top1']:.3f}"
+        cost = f"{row['seconds']:.0f} | {row['peak_memory'] // 2**20}"
         lines.append(f"| {row['case']} | {row['bits']} | {row['bits_per_weight']:.2f} | {scores} | {cost} |")
     return "\n".join(lines)

@@ -55,7 +55,7 @@ struct Activations {
 struct MatmulFunctions {
   // y = x Wᵀ + bias for each of `count` matrices that read the same inputs and have the same groups.
   void (*product)(const Weight* weight, const Output* output, int count, const Input&, const Activations&, int threads);
-  // Values [count, in_features] float32 or bfloat16 of some rows, or of all where `rows` is null; any group size.
+  // Values [count, in_features] of `dtype` of some rows, or of all where `rows` is null; any group size.
   void (*decode)(const Weight&, const int64_t* rows, int64_t count, void* values, Dtype dtype, int threads);
   // Plane [rows, row_bytes], bit k of byte j being input 8 * j + k, to tile order.
   void (*tile)(const uint8_t* plane, int64_t rows, int64_t row_bytes, uint8_t* tiles, int threads);

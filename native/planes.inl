@@ -1,5 +1,5 @@
 // Bits of a tile to codes, and codes times activations: the part of the kernels that knows the instruction set.
-// Included by matmul.inl and amx.cpp, once per translation unit.
+// Included by activations.inl, once per translation unit.
 #include "matmul.hpp"
 #include "vectors.hpp"
 

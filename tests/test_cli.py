@@ -140,6 +140,8 @@ def test_generate_samples_by_seed(made: tuple[Path, Result]) -> None:
 def test_report_names_its_file(made: tuple[Path, Result], tmp_path: Path) -> None:
     assert ok("report", made[0], "-o", tmp_path / "page.html").stdout == f"{tmp_path / 'page.html'}\n"
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    refused = run("report", made[0], "-o", tmp_path / "absent.svg")
+    assert refused.exit_code == 1 and "has not been evaluated; run elastiq evaluate first" in refused.output
 
 
 def test_inspect_a_model(model: Path, text_file: Path, tmp_path: Path) -> None:

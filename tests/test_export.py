@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,7 +120,11 @@ def test_gguf_of_a_map_mixes_types(checkpoint: Callable[..., Path], tmp_path: Pa
 
 def test_gguf_carries_the_tokenizer(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed")
-    source = embedded.model_dir()
+    source = shutil.copytree(embedded.model_dir(), tmp_path / "source")
+    data = json.loads((source / "tokenizer.json").read_text())
+    beyond = json.loads((source / "config.json").read_text())["vocab_size"]  # no embedding, as one token of Gemma 3
+    data["added_tokens"].append({**data["added_tokens"][0], "id": beyond, "content": "<image_soft_token>"})
+    (source / "tokenizer.json").write_text(json.dumps(data))
     write_random(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), source, tmp_path / "nested")
     export(tmp_path / "nested", tmp_path / "model.gguf", GGUF("Q8_0"), 8)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")

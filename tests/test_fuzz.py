@@ -55,7 +55,7 @@ def packed_layers() -> dict[str, tuple[dict[str, Tensor], dict[str, object]]]:
         "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
     }
     return {
-        "gptq": (GPTQDirectory().pack(packed), {"bits": 4, "dynamic": {"+:^b$": {"bits": 8}}}),
+        "gptq": (GPTQDirectory().pack(packed), {"bits": 4}),
         "awq": (AWQDirectory().pack(packed), {"bits": 4, "version": "gemm"}),
         "compressed-tensors": (CompressedTensors(asymmetric=True).pack(packed), {"format": "pack-quantized"}),
         "bitsandbytes": (nf4, {"load_in_4bit": True}),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ from elastiq.load import bits_per_weight
 from elastiq.models import ModelSource, build_skeleton, discover
 from elastiq.planning import plan
 from elastiq.quantize import quantize
+from elastiq.tune import ANSWER_BYTES
+from elastiq.tuners import ScaleTuning
 
 quantize_module = sys.modules["elastiq.quantize"]  # the package's name of the same spelling is the function
 IDS = torch.randint(1, 250, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -131,6 +134,8 @@ def test_the_plan_is_what_happens(tiny_model: Callable[[str], Path], tmp_path: P
     before = sorted(tmp_path.rglob("*"))
     planned = plan(source, RECIPE, num_samples=8, seq_len=32)
     assert sorted(tmp_path.rglob("*")) == before, "a dry run writes nothing"
+    tuned = plan(source, replace(RECIPE, tuner=ScaleTuning()), num_samples=8, seq_len=32)
+    assert tuned.disk == planned.disk + ScaleTuning().windows * 32 * ANSWER_BYTES
     done = quantize(source, tmp_path / "out", RECIPE, IDS)
     for level in RECIPE.levels:
         assert planned.levels[level]["bits_per_weight"] == done.levels[level]["bits_per_weight"]

@@ -164,6 +164,14 @@ def test_what_is_not_quantized_and_what_cannot_be(plugin: ModuleType, checkpoint
         config.get_quant_method(nn.Module(), "model.layers.0.mlp.gate_up_proj")
 
 
+@pytest.mark.parametrize("recipe", [elastiq.recipes.get("rtn", levels=(4,), rotate=True), elastiq.recipes.mx()])
+def test_more_than_codes_is_refused(plugin: ModuleType, tmp_path: Path, recipe: elastiq.Recipe) -> None:
+    source = make_model("llama", tmp_path / "source")
+    elastiq.quantize(source, tmp_path / "out", recipe, num_samples=2, seq_len=32)
+    with pytest.raises(ElastiqError, match=r"o_proj is more than nested codes .* such as nested"):
+        config_of(plugin, tmp_path / "out").get_quant_method(nn.Module(), "model.layers.0.self_attn.o_proj")
+
+
 def test_entry_point() -> None:
     found = [point for point in entry_points(group="vllm.general_plugins") if point.name == "elastiq"]
     assert not found or found[0].value == "elastiq.vllm:register"

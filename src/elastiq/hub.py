@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from .checkpoint import CheckpointReader
-from .checkpoint.files import disk_errors, read_json, sync_directory
+from .checkpoint.files import disk_errors, read_json, sync_directory, sync_tree
 from .checkpoint.manifest import Manifest
 from .checkpoint.names import (
     BASE,
@@ -70,8 +70,8 @@ def pull(repo: str, output: str | Path, bits: int | None = None, *, revision: st
     """Download the checkpoint in the model repository `repo` to the new directory `output`.
 
     bits: the widest width it shall give; planes beyond are not downloaded, and the directory becomes what `elastiq
-    slice` would have made. Files wait beside `output` until all are there and agree with their checksums: a run that
-    was stopped goes on with the files that are missing.
+    slice` would have made, beside what was measured of the whole. Files wait beside `output` until all are there and
+    agree with their checksums: a run that was stopped goes on with the files that are missing.
     Raises ElastiqError for a repository that holds no checkpoint or cannot give `bits`, and for what the hub refuses.
     """
     output = Path(output).absolute()
@@ -93,6 +93,7 @@ def pull(repo: str, output: str | Path, bits: int | None = None, *, revision: st
         if bits is not None and bits < reader.manifest.planes:
             narrow(work, reader, bits)
             write_card(work)
+        sync_tree(work)
         os.rename(work, output)
         sync_directory(output.parent)
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .checkpoint.files import read_json
+from .checkpoint.files import disk_errors, read_json
 from .checkpoint.import_gguf import import_gguf
 from .checkpoint.import_packed import METHODS, import_packed
+from .checkpoint.lock import try_lock
 from .core import ElastiqError
 
 __all__ = ["import_model", "ordinary"]
@@ -31,17 +32,28 @@ def import_model(model: str | Path, output: str | Path) -> None:
 
 @contextmanager
 def ordinary(model: str | Path, output: Path) -> Iterator[str | Path]:
-    """`model` itself, or where it is foreign its import beside `output`, for as long as the context lasts."""
+    """`model` itself, or where it is foreign its import beside `output`, for as long as the context lasts.
+
+    Raises ElastiqError where another process is importing for the same output.
+    """
     if not _is_foreign(Path(model)):
         yield model
         return
     room = output.absolute().with_name(f"{output.name}.imported")
-    shutil.rmtree(room, ignore_errors=True)
-    try:
-        import_model(model, room / Path(model).stem)
-        yield room / Path(model).stem
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
+    with disk_errors(output, "run the same command again"):
+        room.mkdir(parents=True, exist_ok=True)
+        lock = try_lock(room / "lock")
+    if lock is None:
+        raise ElastiqError(f"{output}: another process is writing it; wait for it, or choose another output")
+    with lock:
+        try:
+            for left in room.iterdir():  # by a run that was killed
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+            import_model(model, room / Path(model).stem)
+            yield room / Path(model).stem
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
 
 
 def _is_foreign(model: Path) -> bool:

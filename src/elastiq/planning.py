@@ -14,7 +14,7 @@ from .core import Format, Recipe, Site
 from .formats import Integer
 from .models import Layout, ModelSource, build_skeleton, discover
 from .recipes import nested
-from .tune import estimate
+from .tune import ANSWER_BYTES, estimate
 
 STATES_IN_MEMORY = 2**30
 """Bytes of hidden states beyond which they go to a file."""
@@ -28,7 +28,8 @@ class Plan:
     """What a run would do; nothing is read but headers.
 
     levels as in `quantize.Summary`, without the error. peak_memory and seconds are estimates, disk is what the run
-    needs free while it works (the checkpoint twice, for a moment).
+    needs free while it works (the checkpoint twice, for a moment, hidden states that memory does not hold, and the
+    full model's answers).
     """
 
     model: str
@@ -76,6 +77,7 @@ def plan_of(source: ModelSource, skeleton: Any, layout: Layout, recipe: Recipe, 
         }
     states = 4 * num_samples * seq_len * skeleton.config.get_text_config().hidden_size
     memory = _memory_estimate(layout, recipe, states)
+    disk = 2 * int(levels[recipe.levels[-1]]["bytes_on_disk"]) + 2 * max(0, states - STATES_IN_MEMORY // 2)
     seconds = _flops(layout, sites, recipe, num_samples * seq_len) / _matmul_rate(torch.float32)
     if recipe.block_tuner is not None:
         tuner, windows = recipe.block_tuner, num_samples
@@ -87,13 +89,14 @@ def plan_of(source: ModelSource, skeleton: Any, layout: Layout, recipe: Recipe, 
         tuning, flops = estimate(skeleton, sites, recipe.levels, recipe.tuner, seq_len)
         memory = max(memory, PROCESS_BYTES + tuning)
         seconds += sum(count / _matmul_rate(precision) for precision, count in flops.items())
+        disk += ANSWER_BYTES * seq_len * recipe.tuner.windows
     return Plan(
         model=str(source.path),
         matrices=[{"name": s.name, "role": s.role, "block": s.block, "shape": list(s.shape)} for s in sites],
         skipped=layout.skipped,
         levels=levels,
         bytes_full=2 * total,
-        disk=2 * int(levels[recipe.levels[-1]]["bytes_on_disk"]) + 2 * max(0, states - STATES_IN_MEMORY // 2),
+        disk=disk,
         peak_memory=memory,
         seconds=seconds,
     )

@@ -29,6 +29,8 @@ Progress = Callable[[str, int, int], None]
 
 KEPT_ANSWERS = 256
 """Most probable tokens whose probabilities are kept for each position; the others count together."""
+ANSWER_BYTES = 6 * KEPT_ANSWERS
+"""On disk for each position: tokens and the half-precision logarithms of their probabilities."""
 _COARSE = 4
 """Bits of the widest level that loses more than the arithmetic of bfloat16."""
 _LOGITS_BYTES = 2**28

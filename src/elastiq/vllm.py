@@ -73,6 +73,11 @@ class ElastiqConfig(QuantizationConfig):
             raise ElastiqError(f"vllm: {prefix} fuses {', '.join(names)}, which are not quantized alike; mend that")
         if found[0].role in ("conv1d", "expert"):
             raise ElastiqError(f"vllm: {prefix} is of a kind ({found[0].role}) that the plugin does not serve yet")
+        if any(matrix.parts or not matrix.coded for matrix in found):
+            raise ElastiqError(
+                f"vllm: {prefix} is more than nested codes (a rotation, single weights, a low rank, a table), which "
+                "the plugin does not serve; quantize with a recipe of codes alone, such as nested"
+            )
         if isinstance(layer, VocabParallelEmbedding):
             return EmbeddingMethod(found[0], self.bits, self.manifest.planes)
         return LinearMethod(found[0], self.bits, self.manifest.planes) if isinstance(layer, LinearBase) else None

@@ -18,7 +18,7 @@ import elastiq
 from elastiq.allocate import Budget, Measurement, Stored, Table, allocate, frontier, read_stored, write_stored
 from elastiq.allocate.cut import MOST_PARTS, Cut
 from elastiq.allocate.losses import cuts, losses
-from elastiq.checkpoint import CheckpointReader
+from elastiq.checkpoint import CheckpointReader, slice_checkpoint
 from elastiq.checkpoint.sizes import map_sizes
 from elastiq.core import ElastiqError, LevelMap
 from elastiq.runtime import StoredMatrix, bits_per_weight, nested_matrices
@@ -91,6 +91,18 @@ def test_a_cut_that_is_none_is_refused(llama: Path, tmp_path: Path, broken: str)
     file.write_text(json.dumps(data))
     with pytest.raises(ElastiqError, match="not a table of sensitivities; remove it and measure again"):
         read_stored(CheckpointReader(tmp_path / "copy"))
+
+
+def test_a_slice_reads_what_was_measured_of_the_whole(llama: Path, tmp_path: Path) -> None:
+    """As a pull of fewer planes brings it."""
+    slice_checkpoint(llama, 3, tmp_path / "slice")
+    shutil.copy(llama / "sensitivity.json", tmp_path / "slice")
+    reader = CheckpointReader(tmp_path / "slice")
+    (found,), (whole,) = read_stored(reader).measurements, read_stored(CheckpointReader(llama)).measurements
+    for name, cut in found.cuts.items():
+        assert np.array_equal(cut.losses, whole.cuts[name].losses[:, : len(reader.levels)])
+    for rows in (False, True):
+        assert allocate(tmp_path / "slice", Budget(bits=2.5), rows=rows).sizes["mean_bits"] <= 2.5
 
 
 def test_parts_share_what_their_matrix_loses(llama: Path) -> None:

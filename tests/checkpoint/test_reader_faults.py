@@ -64,6 +64,12 @@ def module(change: dict[str, Any]) -> Callable[[Path], None]:
     )
 
 
+def shift_of(shape: list[int]) -> dict[str, Any]:
+    """A part that adds a vector to the outputs of a matrix of this shape."""
+    facts, arrays = {"level": 0, "shape": shape}, {"amount": ["F16", [2], 1, []]}
+    return {"kind": "shift", "prefix": "side_0_", "expert": None, "facts": facts, "arrays": arrays}
+
+
 def flip(name: str, position: int = -1) -> Callable[[Path], None]:
     def change(out: Path) -> None:
         data = bytearray((out / name).read_bytes())
@@ -139,6 +145,11 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a shape of three": (module({"shape": [2, 24, 40]}), "is [2, 24, 40], which cannot be"),
     "an enormous shape": (module({"shape": [2**40, 2**40]}), "which cannot be"),
+    "a part of another shape": (
+        module({"parts": [shift_of([3 * 2**28, 56])]}),
+        "modules.model.0.up.parts of the quantization_config in config.json is {'level': 0, 'shape'",
+    ),
+    "a group too large": (module({"group_size": 2**31}), "modules.model.0.up.group_size of the quantization_config"),
     "a group size of words": (module({"group_size": "16"}), "modules.model.0.up.group_size of the quantization_config"),
     "another shape": (
         module({"shape": [24, 64]}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 import elastiq
 from elastiq import ElastiqError
-from elastiq.checkpoint import CheckpointReader
+from elastiq.checkpoint import CheckpointReader, slice_checkpoint
 from elastiq.checkpoint.files import sha256
 from elastiq.cli import app
 from elastiq.evaluate import evaluate, write_card
@@ -66,6 +67,13 @@ def test_evaluating_brings_it_up_to_date(made: Path, tiny_model: Callable[[str],
     evaluate(made, [2], other, window=32, num_windows=1)
     card = (made / "README.md").read_text()
     assert "perplexity (1)" in card and "perplexity (2)" in card and cells(card, "4")[6:] == ["", ""]
+    small = tmp_path / "small"
+    slice_checkpoint(made, 2, small)
+    (small / "README.md").unlink(missing_ok=True)
+    shutil.copy(made / "evaluation.json", small)  # as a pull of two planes brings it
+    card = write_card(small).read_text()
+    assert cells(card, "2")[4] == f"{found['levels'][0]['perplexity']:.2f}"
+    assert not any(line.startswith(("| 3.37 |", "| 4 |")) for line in card.splitlines())
 
 
 def test_the_owners_words_stay(made: Path) -> None:

@@ -71,7 +71,7 @@ def test_not_a_model_directory(tmp_path: Path) -> None:
     with pytest.raises(ElastiqError, match=r"is not a model directory: it has no config\.json"):
         ModelSource(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ElastiqError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(ElastiqError, match=r"config\.json: not readable as JSON"):
         ModelSource(tmp_path)
     with pytest.raises(ElastiqError, match="is a file, not a model directory"):
         ModelSource(tmp_path / "config.json")
@@ -154,8 +154,12 @@ def test_index_that_lies(sharded: Path) -> None:
     index.write_text(json.dumps({"weight_map": {name: "../elsewhere.safetensors"}}))
     with pytest.raises(ElastiqError, match="names a shard outside its directory"):
         ModelSource(sharded)
-    index.write_text("{}")
-    with pytest.raises(ElastiqError, match="has no weight_map; download the model again"):
+    for content in ("{}", json.dumps({"weight_map": {name: 3}}), json.dumps({"weight_map": {name: [shards[0]]}})):
+        index.write_text(content)
+        with pytest.raises(ElastiqError, match="has no weight_map of file names; download the model again"):
+            ModelSource(sharded)
+    index.write_text("[" * 100_000)
+    with pytest.raises(ElastiqError, match="not readable as JSON"):
         ModelSource(sharded)
 
 
@@ -177,6 +181,11 @@ def test_already_quantized_model(broken: Path) -> None:
     edit_config(broken, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ElastiqError, match=r"is already quantized \(quant_method gptq\); give the 16-bit model"):
         ModelSource(broken)
+    edit_config(broken, quantization_config=[1])
+    with pytest.raises(ElastiqError, match=r"is already quantized \(quant_method unknown\)"):
+        ModelSource(broken)
+    edit_config(broken, quantization_config=None)
+    assert ModelSource(broken).config.quantization_config is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

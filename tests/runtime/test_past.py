@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +50,18 @@ def test_any_history_leaves_the_same_states(actions: list[tuple[str, object]], t
         assert same(ours.keys, theirs.keys) and same(ours.values, theirs.values)
         assert ours.get_seq_length() == theirs.get_seq_length()
         assert ours.get_mask_sizes(2) == theirs.get_mask_sizes(2)
+
+
+def test_a_length_to_keep_is_what_dynamic_layer_makes_of_it() -> None:
+    """transformers before 5.18 crops to it, later ones refuse."""
+    states, found = torch.randn(1, 2, 10, 4), []
+    for layer in (DynamicLayer(), GrowingLayer()):
+        layer.update(states, states)
+        with contextlib.suppress(ValueError):
+            layer.crop(6)
+        layer.update(states[:, :, :1], states[:, :, :1])
+        found.append((layer.get_seq_length(), layer.keys, layer.values))
+    assert found[0][0] == found[1][0] and all(map(same, found[0][1:], found[1][1:]))
 
 
 def test_appending_moves_nothing_until_the_room_is_used_up() -> None:

@@ -57,9 +57,12 @@ class Cut:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], matrix: StoredMatrix, levels: int) -> Cut:
-        """Raises ValueError, TypeError or KeyError for anything that is not a cut of `matrix`."""
+        """The cut with the losses of the first `levels` levels, of those it was measured at.
+
+        Raises ValueError, TypeError or KeyError for anything that is not a cut of `matrix`.
+        """
         members = tuple(tuple(map(int, part.split())) for part in data["members"])
-        losses = np.array(data["losses"], dtype=np.float64)
+        losses = np.array([row[:levels] for row in data["losses"]], dtype=np.float64)
         if sorted(member for part in members for member in part) != list(range(matrix.members)) or not all(members):
             raise ValueError("parts that are not the whole matrix")
         if losses.shape != (len(members), levels) or not np.isfinite(losses).all() or (losses < 0).any():

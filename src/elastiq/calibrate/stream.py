@@ -64,8 +64,8 @@ class BlockStream:
     they take more than `memory_limit` bytes. The same calls give the same numbers, whether or not statistics are
     collected, so a resumed run equals an uninterrupted one.
 
-    model, source, layout: of build_skeleton, ModelSource and discover. ids: int64 [windows, seq_len]. needs: fields of
-    Stats. dtype, device: of the arithmetic. token_weights: as in `Recipe`.
+    model, source, layout: of build_skeleton, ModelSource and discover. ids: int64 [windows, seq_len]. needs: names
+    of statistics. dtype, device: of the arithmetic. token_weights: as in `Recipe`.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..core import ArraySpec, ElastiqError
-from .files import disk_errors, json_bytes, range_chunks, sync_directory, write_durably
+from .files import disk_errors, json_bytes, range_chunks, sync_directory, sync_tree, write_durably
 from .names import CONFIG, travels_along
 from .tensors import read_header, tensor_bytes, write_tensors
 from .view import View
@@ -128,23 +128,12 @@ def write_aside(output: Path, is_file: bool, write: Callable[[Path], None]) -> N
             if not is_file:
                 work.mkdir()
             write(work)
-            _sync(work)
+            sync_tree(work)
             os.rename(work, output)
         except BaseException:
             _remove(work)
             raise
         sync_directory(output.parent)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir():
-        for file in path.iterdir():
-            _sync(file)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -206,11 +206,13 @@ def _add_tokenizer(writer: Any, view: View) -> None:
     size = view.config["vocab_size"]
     tokens = [f"[PAD{index}]" for index in range(size)]
     kinds = [gguf.TokenType.UNUSED] * size
-    for token, index in model["vocab"].items():
-        tokens[index], kinds[index] = token, gguf.TokenType.NORMAL
+    named = [(token, index, gguf.TokenType.NORMAL) for token, index in model["vocab"].items()]
     for added in data.get("added_tokens", ()):
         special = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-        tokens[added["id"]], kinds[added["id"]] = added["content"], special
+        named.append((added["content"], added["id"], special))
+    for token, index, kind in named:
+        if index < size:  # a token beyond has no embedding
+            tokens[index], kinds[index] = token, kind
     if model.get("byte_fallback"):
         _add_sentencepiece(writer, model, tokens, kinds)
         writer.add_add_space_prefix(_prepends_space(data))

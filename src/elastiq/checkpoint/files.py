@@ -48,6 +48,14 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(path: Path) -> None:
+    """Make a file, or a directory and all in it, durable."""
+    if path.is_dir():
+        for file in path.iterdir():
+            sync_tree(file)
+    sync_directory(path)
+
+
 def json_bytes(data: object, what: str) -> bytes:
     """The one spelling of `data` as JSON. Raises ElastiqError for a number that is not finite."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,14 +97,9 @@ def _files(directory: Path) -> dict[str, Path]:
 
 def _gptq(settings: Mapping[str, Any]) -> Callable[[str, Layer], Tensor]:
     less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
-    dynamic = settings.get("dynamic") or {}
 
     def dense(layer: str, arrays: Layer) -> Tensor:
-        bits = settings.get("bits")
-        for pattern, row in dynamic.items():
-            if pattern.startswith("+:") and _matches(pattern[2:], layer):
-                bits = row.get("bits", bits)
-        return gptq_dense(arrays, _width(bits, layer), less)
+        return gptq_dense(arrays, _width(len(arrays["qweight"]), arrays["g_idx"].numel(), layer), less)
 
     return dense
 
@@ -123,27 +117,18 @@ def _compressed(settings: Mapping[str, Any]) -> Callable[[str, Layer], Tensor]:
     def dense(layer: str, arrays: Layer) -> Tensor:
         rows, columns = (int(size) for size in arrays["weight_shape"])
         held, words = arrays["weight_packed"].shape
-        bits = _width(words * 32 // columns, layer)
-        if rows != held or -(-columns * bits // 32) != words:
-            raise ValueError(f"weight_shape says {rows} x {columns}, weight_packed is {held} x {words} words")
-        return compressed_dense(arrays, bits)
+        if rows != held:
+            raise ValueError(f"weight_shape says {rows} rows, weight_packed holds {held}")
+        return compressed_dense(arrays, _width(words, columns, layer))
 
     return dense
 
 
-def _matches(pattern: str, layer: str) -> bool:
-    """Whether a pattern from outside matches; only such as cannot take long."""
-    if len(pattern) > 400 or re.search(r"[)\]}][*+{?]", pattern) or len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3:
-        raise ElastiqError(f"gptq: the pattern {pattern[:60]!r} of quantization_config is too involved to be matched")
-    try:
-        return re.match(pattern, layer) is not None
-    except re.error:
-        raise ElastiqError(f"gptq: {pattern[:60]!r} in quantization_config is no pattern") from None
-
-
-def _width(bits: object, layer: str) -> int:
-    if type(bits) is not int or not 1 <= bits <= 8:
-        raise ElastiqError(f"{layer}: a width of {bits!r} bits cannot be; mend quantization_config")
+def _width(words: int, codes: int, layer: str) -> int:
+    """Bits of a code where so many lie in a stream of 32-bit words: what the arrays say, whatever config.json does."""
+    bits = words * 32 // codes
+    if not 1 <= bits <= 8 or -(-codes * bits // 32) != words:
+        raise ElastiqError(f"{layer}: {codes} codes in {words} words are of no width from 1 to 8 bits; copy it again")
     return bits
 
 

@@ -11,7 +11,7 @@ from ..runtime.stored import ROLES, StoredMatrix, readable_widths
 from .names import BASE, FORMAT_VERSION, QUANT_METHOD, is_array_name, plane_file
 from .parts import from_rows, to_rows
 
-MAX_SIZE = 2**31
+MAX_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,10 @@ def _matrix(name: str, row: object, levels: tuple[int, ...], symmetric: bool, wh
         parts = from_rows(row.get("parts", []))
     except ElastiqError as error:
         raise ElastiqError(f"{where}: {name}: {error}") from None
+    for part in parts:  # what is allocated by these facts is bounded by the matrix
+        said = part.facts.get("shape", shape[-2:]), part.facts.get("in_features", shape[-1])
+        if said != (shape[-2:], shape[-1]):
+            raise _bad(where, f"modules.{name}.parts", part.facts)
     if type(coded) is not bool or not (coded or parts):
         raise _bad(where, f"modules.{name}.coded", coded)
     scales = row.get("scales", "half")

@@ -13,7 +13,7 @@ from ..evaluate import megabytes, write_card
 from ..export import TARGETS, export
 from ..hub import pull, push
 from ..importing import import_model
-from ..report import write_report
+from ..report import write_picture, write_report
 from ..report.terminal import comma, out, printable, show_export
 from .app import app
 from .options import Checkpoint, Format, Json, Map, Revision, write
@@ -23,11 +23,17 @@ from .options import Checkpoint, Format, Json, Map, Revision, write
 def report_command(
     checkpoint: Checkpoint,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="(default: CHECKPOINT/report.html)", show_default=False)
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="A page, or a .png or .svg. (default: CHECKPOINT/report.html)", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Write one HTML page with pictures about CHECKPOINT."""
-    out.print(str(write_report(checkpoint, output)))
+    """Write one HTML page with pictures about CHECKPOINT, or draw its perplexity against counted bits alone."""
+    if output is not None and output.suffix in (".png", ".svg"):
+        out.print(str(write_picture(checkpoint, output)))
+    else:
+        out.print(str(write_report(checkpoint, output)))
 
 
 @app.command("slice")

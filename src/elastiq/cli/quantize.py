@@ -104,7 +104,10 @@ def quantize_command(
     to: Annotated[
         list[Format] | None, typer.Option(help="--rehearse: export to this as well; may be repeated.")
     ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Drop an unfinished run and start over.")] = False,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Start over: drop an unfinished run, or a checkpoint and what was measured."),
+    ] = False,
     json: Json = None,
 ) -> None:
     """Quantize MODEL once into the nested checkpoint OUTPUT. Interrupted, the same command resumes."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Step(ABC):
     """Base of every part. A frozen dataclass that names itself registers itself: `class GPTQ(Solver, name="gptq")`.
 
-    `needs` lists the statistics (fields of `Stats`) the step asks calibration for; nothing else is collected.
+    `needs` lists the statistics (by the names of `Statistic`) the step asks calibration for; nothing else is collected.
     `resources`: what it takes besides these, such as gradients. `bits`: smallest and largest width it is for. Papers
     are named in the docstring, "GPTQ, 2210.17323" with the number at arXiv; `elastiq cite` finds them there.
     """

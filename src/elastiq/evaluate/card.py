@@ -121,7 +121,7 @@ def _widths(reader: CheckpointReader) -> list[str]:
     """One table of all widths, what was measured beside what was counted, and how it was measured."""
     measured = read_evaluations(reader.path)
     found: dict[Any, list[str]] = {bits: [] for bits in reader.levels}
-    extra = {row["bits"] for e in measured for row in e["levels"]} - set(found)
+    extra = {row["bits"] for e in measured for row in e["levels"] if row["bits"] <= reader.available[-1]} - set(found)
     sizes: dict[Any, dict[str, Any]] = {**level_sizes(reader, reader.levels)}
     for evaluation in measured:
         sizes |= {row["bits"]: row for row in evaluation["levels"] if row["bits"] in extra}
@@ -152,7 +152,8 @@ def _widths(reader: CheckpointReader) -> list[str]:
 
 def _tasks(reader: CheckpointReader) -> list[str]:
     """What lm-evaluation-harness said, where it was asked."""
-    kept = list(read_tasks(reader.path).values())
+    most = reader.available[-1]
+    kept = [row for row in read_tasks(reader.path).values() if row["bits"] is None or row["bits"] <= most]
     metrics = list(dict.fromkeys((row["task"], row["items"], m) for row in kept for m in row["metrics"]))
     metrics = [metric for metric in metrics if not metric[2].endswith("_stderr")]
     if not metrics:

@@ -82,7 +82,7 @@ def evaluate_tasks(
         (b, spec, _key(spec, precision, widths)) for b, widths in targets.items() for spec in specs
     ]
     if against is not None:
-        jobs += [(None, spec, _key(spec, precision, Path(against).name)) for spec in specs]
+        jobs += [(None, spec, _key(spec, precision, [str(against), revision])) for spec in specs]
     tokenizer, model = load_tokenizer(path), None
     wanted = [job for job in jobs if job[2] not in kept]
     for index, (b, spec, key) in enumerate(wanted):

@@ -38,19 +38,18 @@ def latency_table(
     *,
     untie: bool = False,
     device: str = "cpu",
-    restart: bool = False,
     progress: Progress | None = None,
 ) -> Table:
     """The checkpoint's table with seconds per token, from times measured on this machine: one token through one matrix
     of every shape at every level, and through the whole model for what is left.
 
-    Times are kept in the user's cache, under a fingerprint of the machine and the software, and measured once; with
-    `restart` again. Raises ElastiqError for mixtures of experts, whose time depends on the text.
+    Times are kept in the user's cache, under a fingerprint of the machine and the software, and measured once. Raises
+    ElastiqError for mixtures of experts, whose time depends on the text.
     """
     reader = CheckpointReader(path)
     report = progress or (lambda what, done, total: None)
     file = _cache_file(reader, device)
-    if restart or not file.is_file():
+    if not file.is_file():
         content = json_bytes(_measure(reader, device, report), file.name)
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_durably(file, lambda temporary: write_durably(temporary, [content]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from ..checkpoint.files import read_json
 from ..core import ElastiqError
 
 INDEX = "model.safetensors.index.json"
@@ -141,8 +141,8 @@ def _read_config(path: Path) -> PretrainedConfig:
         raise ElastiqError(f"{path} is not a model directory: it has no config.json")
     data = _read_json(file)
     model_type = data.get("model_type")
-    if "quantization_config" in data:
-        method = data["quantization_config"].get("quant_method", "unknown")
+    if (settings := data.get("quantization_config")) is not None:
+        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
         raise ElastiqError(f"{path} is already quantized (quant_method {method}); give the 16-bit model")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
@@ -161,8 +161,8 @@ def tensor_files(path: Path) -> dict[str, str]:
     index = path / INDEX
     if index.is_file():
         files = _read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not files:
-            raise ElastiqError(f"{index} has no weight_map; download the model again")
+        if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+            raise ElastiqError(f"{index} has no weight_map of file names; download the model again")
         for name in sorted(set(files.values())):
             if Path(name).name != name:
                 raise ElastiqError(f"{index} names a shard outside its directory: {name}")
@@ -190,12 +190,7 @@ def _open_shard(file: Path) -> Any:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ElastiqError(f"{file} cannot be read ({_first_line(error)})") from error
-    except ValueError as error:
-        raise ElastiqError(f"{file} is not valid JSON ({_first_line(error)})") from error
+    data = read_json(file)
     if not isinstance(data, dict):
         raise ElastiqError(f"{file} is not a JSON object")
     return data

@@ -74,8 +74,9 @@ class GrowingLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
-            super().crop(tokens_to_remove)  # which refuses it
-        self.length = max(0, self.length + tokens_to_remove)
+            super().crop(tokens_to_remove)  # a length to keep for transformers before 5.18, which later ones refuse
+        else:
+            self.length = max(0, self.length + tokens_to_remove)
 
     def _moved(self, buffer: Tensor) -> Tensor:
         batch, heads, _, size = buffer.shape

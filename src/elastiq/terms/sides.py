@@ -179,7 +179,8 @@ class Shift(SideTerm, kind="shift"):
     @classmethod
     def restore(cls, arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
         rows, columns = facts["shape"]
-        return cls(arrays.get("amount", torch.zeros(rows)), int(columns), int(facts["level"]))
+        amount = arrays["amount"] if "amount" in arrays else torch.zeros(rows)
+        return cls(amount, int(columns), int(facts["level"]))
 
 
 def kept_for(array: Tensor, level: int) -> Kept:

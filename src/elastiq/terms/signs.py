@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..core import Kept, SideTerm
+from ..core import MAX_BITS, Kept, SideTerm
 from ..linalg import pack_planes, unpack_planes
 
 
@@ -55,6 +55,8 @@ class SignStack(SideTerm, kind="signs"):
     @classmethod
     def restore(cls, arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
         blocks, width = int(facts["blocks"]), int(facts["in_features"])
+        if not 1 <= blocks <= MAX_BITS:
+            raise ValueError(f"{blocks} blocks")
         held = [n for n in range(1, blocks + 1) if f"left_{n}" in arrays]
         signs = [arrays["weight" if n == 1 else f"plane_{n}"] for n in held]
         parts = ([arrays[f"{side}_{n}"] for n in held] for side in ("left", "right"))
