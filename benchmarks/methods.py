@@ -39,6 +39,7 @@ def cases() -> Iterator[tuple[str, Recipe]]:
         yield f"awq-{bits}", recipes.awq((bits,))
         yield f"quarot-{bits}", recipes.quarot((bits,))
         yield f"spqr-{bits}", recipes.spqr((bits,))
+    yield "spqr-3-int6", recipes.spqr((3,), scales="int6")
     for bits in (2, 3):
         yield f"auto-round-{bits}", recipes.auto_round((bits,))
         yield f"gsq-{bits}", recipes.gsq((bits,))
@@ -59,6 +60,7 @@ def cases() -> Iterator[tuple[str, Recipe]]:
         yield f"float-{number}", recipes.fp8(number)
     for number in ("e4m3fn", "e2m3", "e2m1", "int8", "int4"):
         yield f"mx-{number}", recipes.mx(number)
+    yield "mx-e2m1-up", recipes.mx("e2m1", round_up=True)
     for number in ("e2m1", "int4"):
         yield f"nv-{number}", recipes.nv(number)
         yield f"nv-{number}-rotated", recipes.get("nv", number=number, rotate=True)

@@ -104,6 +104,27 @@ def test_one_level_is_an_ordinary_checkpoint(tiny_model: Callable[[str], Path], 
         elastiq.load(tmp_path / "out", bits=3)
 
 
+def test_rows_of_no_whole_bytes_are_counted_as_written(tmp_path: Path) -> None:
+    source = make_model("llama", tmp_path / "odd", intermediate_size=100)
+    quantize(source, tmp_path / "out", recipes.rtn((2, 3), 32), IDS)
+    reader, arrays = CheckpointReader(tmp_path / "out"), load_file(tmp_path / "out" / "plane-1.safetensors")
+    for row in reader.table:
+        planes = load_file(tmp_path / "out" / "plane-2.safetensors")[f"{row['name']}.plane_2"].nbytes
+        own = {n: a.nbytes for n, a in arrays.items() if n.startswith(f"{row['name']}.")}
+        assert row["levels"]["2"]["num_bits"] == 8 * (planes + sum(own.values()))
+
+
+def test_a_table_has_no_width_below_its_lowest(tmp_path: Path) -> None:
+    source = make_model("llama", tmp_path / "source")
+    quantize(source, tmp_path / "out", recipes.any_precision((2, 3)), IDS)
+    model = elastiq.load(tmp_path / "out", 2)
+    with pytest.raises(ElastiqError, match="it can be read at 2 or 3 bits, not 1"):
+        elastiq.load(tmp_path / "out", 1)
+    with pytest.raises(ElastiqError, match="2 or 3 bits"):
+        elastiq.set_bits(model, 1)
+    assert torch.isfinite(logits(model)).all()
+
+
 def test_counted_bits_are_the_written_ones(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     """3 bits cost 3.5 at group size 64, and that is what the arrays in the files take."""
     source = make_model("llama", tmp_path / "wide", hidden_size=128, intermediate_size=192)

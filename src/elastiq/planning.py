@@ -14,11 +14,13 @@ from .core import Format, Recipe, Site
 from .formats import Integer
 from .models import Layout, ModelSource, build_skeleton, discover
 from .recipes import nested
+from .solvers import BitStack
 from .tune import ANSWER_BYTES, estimate
 
 STATES_IN_MEMORY = 2**30
 """Bytes of hidden states beyond which they go to a file."""
 DEFAULT_RECIPE = nested()
+_BESIDE = ("transform", "split", "compensator")
 PROCESS_BYTES = 450_000_000
 """Resident size of the process before it has read anything."""
 
@@ -27,15 +29,16 @@ PROCESS_BYTES = 450_000_000
 class Plan:
     """What a run would do; nothing is read but headers.
 
-    levels as in `quantize.Summary`, without the error. peak_memory and seconds are estimates, disk is what the run
-    needs free while it works (the checkpoint twice, for a moment, hidden states that memory does not hold, and the
-    full model's answers).
+    levels as in `quantize.Summary`, without the error; what the steps named in `beside` store comes on top of them.
+    peak_memory and seconds are estimates, disk is what the run needs free while it works (the checkpoint twice, for a
+    moment, hidden states that memory does not hold, and the full model's answers).
     """
 
     model: str
     matrices: list[dict[str, Any]]
     skipped: dict[str, str]
     levels: dict[int, dict[str, float]]
+    beside: list[str]
     bytes_full: int
     disk: int
     peak_memory: int
@@ -95,6 +98,7 @@ def plan_of(source: ModelSource, skeleton: Any, layout: Layout, recipe: Recipe, 
         matrices=[{"name": s.name, "role": s.role, "block": s.block, "shape": list(s.shape)} for s in sites],
         skipped=layout.skipped,
         levels=levels,
+        beside=[step.name for step in recipe.steps if step.slot in _BESIDE or isinstance(step, BitStack)],
         bytes_full=2 * total,
         disk=disk,
         peak_memory=memory,

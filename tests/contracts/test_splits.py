@@ -118,3 +118,46 @@ def test_places_beyond_a_row_are_refused() -> None:
     for name, wrong in (("columns", [70, 2]), ("columns", [-1, 2]), ("counts", [0, 1, 0, 2]), ("counts", [0, 2])):
         with pytest.raises(ValueError, match="single weight"):
             Sparse.restore({**arrays, name: torch.tensor(wrong, dtype=torch.int16)}, term.facts())
+
+
+def inverse_diagonal(stats: Stats) -> Tensor:
+    """Of the mean Hessian with a hundredth of its mean diagonal added, in double precision."""
+    hessian = stats.mean_hessian().double()
+    return torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))).diagonal()
+
+
+def test_salient_weights_are_those_of_the_criterion() -> None:
+    weight, stats = weight_and_stats(12, 96)
+    _, (term,) = Salient().split(weight, Integer((1,), 32, symmetric=True), stats)
+    saliency = weight.double().square() / inverse_diagonal(stats)
+    least = saliency.flatten().sort(descending=True).values[round(0.1 * weight.numel()) - 1]
+    assert torch.equal(term.dense(1) != 0, saliency >= least)
+
+
+def test_sensitive_weights_are_those_whose_absence_saves_most() -> None:
+    """One round of picking, every weight tried by itself where leaving it out changes its group's scales."""
+    weight, stats = weight_and_stats(5, 64)
+    format, inverse = Integer((3,), 32), inverse_diagonal(stats)
+    _, (term,) = SensitiveWeights(share=0.05, rounds=1).split(weight, format, stats)
+
+    def cost(filled: Tensor, row: int, group: slice, without: int | None = None) -> float:
+        grid = format.fit(filled, stats)
+        error = (weight - grid.dequantize(grid.quantize(weight), 3)).double().square() / inverse
+        if without is not None:
+            error[row, without] = 0
+        return float(error[row, group].sum())
+
+    gain = torch.zeros(weight.shape)
+    grid = format.fit(weight, stats)
+    own = (weight - grid.dequantize(grid.quantize(weight), 3)).double().square() / inverse
+    for row in range(5):
+        for group in (slice(0, 32), slice(32, 64)):
+            gain[row, group] = own[row, group].float()
+            values = weight[row, group]
+            for column in (group.start + int(values.argmax()), group.start + int(values.argmin())):
+                filled = weight.clone()
+                others = [k for k in range(group.start, group.stop) if k != column]
+                filled[row, column] = weight[row, others].mean()
+                gain[row, column] = cost(weight, row, group) - cost(filled, row, group, column)
+    expected = torch.zeros(weight.numel(), dtype=torch.bool).index_fill(0, gain.flatten().topk(16).indices, True)
+    assert torch.equal((term.dense(3) != 0).flatten(), expected)

@@ -105,6 +105,17 @@ def test_round_trip_as_data(transform: Transform) -> None:
     assert step_from_dict("transform", transform.to_dict()) == transform
 
 
+def test_smoothing_is_the_equation_of_its_paper() -> None:
+    """s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), but for a factor that all channels share."""
+    consumers, stats, x, _ = planned(SmoothQuant(), 96)
+    for alpha in (0.3, 0.5):
+        fold = SmoothQuant(alpha).plan(consumers, stats, FORMAT)
+        weight = torch.stack([w.abs().amax(0) for w in consumers]).amax(0)
+        expected = x.abs().amax(0) ** alpha / weight ** (1 - alpha)
+        ratio = fold.divisor() / expected
+        torch.testing.assert_close(ratio, ratio.median().expand(96), rtol=2e-3, atol=0)
+
+
 def test_one_after_the_other() -> None:
     """SmoothQuant, then a rotation: undone in the opposite order."""
     consumers, stats, x, first = planned(SmoothQuant(), 96)

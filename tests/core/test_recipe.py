@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from elastiq import ElastiqError, Recipe, recipes
-from elastiq.solvers import Nested
-from elastiq.transforms import RandomHadamard
+from elastiq.core import Step
+from elastiq.solvers import GPTQ, BitStack, DecoupleQ, Nested
+from elastiq.splits import OutlierFeatures
+from elastiq.transforms import ActivationAware, RandomHadamard
+from elastiq.tuners import ScaleTuning
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -55,8 +58,29 @@ def test_options_that_several_recipes_take() -> None:
 
 
 def test_an_option_that_a_recipe_has_not_is_refused() -> None:
-    with pytest.raises(ElastiqError, match="recipe mx: it has no levels, symmetric; known: number, embeddings, inputs"):
+    with pytest.raises(ElastiqError, match="recipe mx: it has no levels, symmetric; known: number, round_up"):
         recipes.get("mx", levels=(2,), symmetric=True)
+    with pytest.raises(ElastiqError, match="unexpected keyword argument 'symmetrical'"):
+        recipes.get("gptq", symmetrical=True)
+
+
+@pytest.mark.parametrize(
+    ("step", "parameters", "sentence"),
+    [
+        (GPTQ, {"block_size": 0}, "gptq: block_size=0 must be at least 1"),
+        (GPTQ, {"damp": float("nan")}, "gptq: damp=nan must be at least 0"),
+        (GPTQ, {"refits": -1}, "gptq: refits=-1 must be at least 0"),
+        (Nested, {"beam": 0}, "nested: beam=0 must be at least 1"),
+        (DecoupleQ, {"rounds": 0}, "decoupleq: rounds=0 must be at least 1"),
+        (BitStack, {"rank": 0}, "bitstack: rank=0 must be at least 1"),
+        (ActivationAware, {"steps": 0}, "awq: steps=0 must be at least 1"),
+        (OutlierFeatures, {"threshold": float("nan")}, "llm-int8: threshold=nan must be at least 0"),
+        (ScaleTuning, {"rate": float("nan")}, "scales: steps, batch, holdout, rate, .* must be positive"),
+    ],
+)
+def test_a_parameter_that_cannot_be_is_refused(step: type[Step], parameters: dict[str, float], sentence: str) -> None:
+    with pytest.raises(ElastiqError, match=sentence):
+        step(**parameters)
 
 
 @pytest.mark.parametrize("name", recipes.names())

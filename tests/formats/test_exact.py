@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from naive import formats as naive
 from torch import Tensor
 
+from elastiq import recipes
 from elastiq.core import Format, rounded
 from elastiq.formats import BlockScaled, Codebook, Minifloat, NormalFloat
 from elastiq.terms import values
@@ -96,7 +97,8 @@ def test_mx_blocks_are_those_of_the_definition(number: str) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_mx_integers_of_the_study_do_not_saturate(bits: int) -> None:
-    """INT v.s. FP rounds the shared exponent up: no element is cut off."""
+    """INT v.s. FP rounds the shared exponent up: no element is cut off. So does the recipe of MXINT4."""
+    assert [recipes.mx(n).format for n in ("int4", "int8")] == [BlockScaled("int4", round_up=True), BlockScaled("int8")]
     weight = blocks()
     error = (decoded(BlockScaled(f"int{bits}", round_up=True), weight) - weight).abs()
     top = weight.view(12, 3, 32).abs().amax(-1).clamp_min(2.0**-126)
@@ -153,14 +155,18 @@ def test_scales_come_back_near_what_they_were(store: str, groups: int) -> None:
     torch.testing.assert_close(rounded(store, again), again, rtol=2e-2 if store == "double" else 1e-3, atol=0.0)
 
 
-def test_clusters_split_where_their_naive_twin_splits_them() -> None:
-    """Three levels of a codebook: every number of a level, against all cuts of all clusters tried."""
+@pytest.mark.parametrize("gradients", [False, True])
+def test_clusters_split_where_their_naive_twin_splits_them(gradients: bool) -> None:
+    """Three levels of a codebook: every number of a level, against all cuts of all clusters tried; weights count by
+    their squared gradients where these are known."""
     weight, stats = weight_and_stats(6, 90)
-    del stats.sums["grad_sq"]
+    shares = stats.mean_diagonal(90).expand(6, 90)
+    stats.sums["grad_sq"] = torch.zeros(0, 90)
+    if gradients:
+        shares = stats.sums["grad_sq"] = torch.rand(6, 90, generator=torch.Generator().manual_seed(3)) ** 4 + 0.01
     grid = Codebook((2, 3, 4)).fit(weight, stats)
-    share = stats.mean_diagonal(90)
     for row in range(6):
-        x, order = weight[row].sort()
+        (x, order), share = weight[row].sort(), shares[row]
         lowest = grid.tables[2][row].float()
         inner = torch.searchsorted(x, ((lowest[1:] + lowest[:-1]) / 2).contiguous())
         edges = [0, *inner.tolist(), 90]

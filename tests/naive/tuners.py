@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from elastiq.core import Codes, Objective
-from elastiq.tuners import CoDistillation, ScaleTuning, SignRound
+from elastiq.tuners import CoDistillation, GumbelChoice, ScaleTuning, SignRound
 
 
 def decode(codes: Codes, level: int, scale_change: Tensor, zero_change: Tensor) -> Tensor:
@@ -86,6 +86,74 @@ def read_moved(
     zeros = grid.zero_point[index].double() + (2**level - 1) / 2 * zero
     stored = [x + (x.detach().half() - x.detach()) for x in (scales, zeros)]
     return stored[0][:, group] * (code - stored[1][:, group])
+
+
+def train_gumbel(
+    objective: Objective, terms: dict[str, Codes], levels: tuple[int, ...], tuner: GumbelChoice
+) -> tuple[dict[str, Tensor], dict[str, dict[int, Tensor]]]:
+    """Codes, and values at every level, of every matrix after training by Lion on samples of three codes each."""
+    order = torch.randperm(len(objective), generator=torch.Generator().manual_seed(tuner.seed)).tolist()
+    held, training = order[: tuner.holdout], order[tuner.holdout :]
+    logits, candidates = {}, {}
+    for name, codes in terms.items():
+        own, size = codes.codes.long(), 2 ** (codes.grid.bits - levels[0])
+        cell, last = own // size, 2 ** levels[0] - 1
+        place = (own.double() + 0.5) / size - cell
+        candidates[name] = [cell * size - 1, own, (cell + 1) * size]
+        one = torch.stack([-tuner.strength * place, 0 * place, -tuner.strength * (1 - place)])
+        one[0][cell == 0] = one[2][cell == last] = -math.inf
+        logits[name] = one
+    changes = {
+        (name, level, kind): torch.zeros(codes.grid.scale[0].shape, dtype=torch.float64)
+        for name, codes in terms.items()
+        for level in levels
+        for kind in ("scale", "zero")
+    }
+    trained = [(one, tuner.rate) for one in logits.values()]
+    trained += [(change, tuner.scale_rate * tuner.falloff ** (key[1] - 2)) for key, change in changes.items()]
+    means = [torch.zeros_like(tensor) for tensor, _ in trained]
+
+    def read(name: str, level: int, share: Tensor) -> Tensor:
+        grid = terms[name].grid
+        index, group = grid.levels.index(level), torch.arange(share.shape[2]) // grid.group_size
+        code = sum(s * (c >> (grid.bits - level)).double() for s, c in zip(share, candidates[name], strict=True))
+        scales = grid.scale[index].double() * (1 + changes[name, level, "scale"])
+        zeros = grid.zero_point[index].double() + (2**level - 1) / 2 * changes[name, level, "zero"]
+        stored = [x + (x.detach().half() - x.detach()) for x in (scales, zeros)]
+        return (stored[0][:, group] * (code - stored[1][:, group])).float()
+
+    def hard(name: str) -> Tensor:
+        return torch.nn.functional.one_hot(logits[name].detach().argmax(0), 3).permute(2, 0, 1).double()
+
+    before = {}
+    for level in levels:
+        batches = [held[i : i + tuner.batch] for i in range(0, len(held), tuner.batch)]
+        total = sum(len(b) * float(objective.loss(lambda name, r=level: read(name, r, hard(name)), b)) for b in batches)
+        before[level] = total / len(held)
+    for step in range(tuner.steps):
+        shape = min(1, (step + 1) / max(1, tuner.steps // 10)) * (1 + math.cos(math.pi * step / tuner.steps)) / 2
+        temperature = math.exp(
+            math.log(tuner.first) + (math.log(tuner.last) - math.log(tuner.first)) * step / tuner.steps
+        )
+        windows = [training[i % len(training)] for i in range(step * tuner.batch, (step + 1) * tuner.batch)]
+        for tensor, _ in trained:
+            tensor.requires_grad_(True).grad = None
+
+        def soft(name: str) -> Tensor:
+            seed = (tuner.seed * 1_000_003 + step) * 1_000_003 + sorted(terms).index(name)  # noqa: B023
+            noise = torch.rand(logits[name].shape, generator=torch.Generator().manual_seed(seed)).clamp(1e-7, 1 - 1e-7)
+            return ((logits[name] - (-noise.double().log()).log()) / temperature).softmax(0)  # noqa: B023
+
+        for level in levels:
+            (objective.loss(lambda name, r=level: read(name, r, soft(name)), windows) / before[level]).backward()
+        with torch.no_grad():
+            for (tensor, rate), mean in zip(trained, means, strict=True):
+                assert tensor.grad is not None
+                tensor.sub_(shape * rate * (0.9 * mean + 0.1 * tensor.grad).sign())
+                mean.copy_(0.99 * mean + 0.01 * tensor.grad)
+    best = {name: one.detach().argmax(0, keepdim=True) for name, one in logits.items()}
+    codes = {name: torch.stack(candidates[name]).gather(0, best[name])[0].to(torch.uint8) for name in terms}
+    return codes, {name: {level: read(name, level, hard(name)).detach() for level in levels} for name in terms}
 
 
 def train_moving(

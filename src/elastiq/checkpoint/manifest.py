@@ -31,7 +31,11 @@ class Manifest:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return readable_widths(self.levels, self.planes)
+        return self.readable(self.planes)
+
+    def readable(self, planes: int) -> tuple[int, ...]:
+        """Widths that every matrix has when the first `planes` planes are there."""
+        return readable_widths(self.levels, planes, all(matrix.coded for matrix in self.matrices.values()))
 
     def plane_arrays(self, plane: int) -> dict[str, ArraySpec]:
         """Every array of one plane file by its full name."""

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..core import ArraySpec, ElastiqError, Recipe, Width, width_counts
-from ..runtime.stored import readable_widths
 from .files import read_json, sha256
 from .manifest import Manifest
 from .names import BASE, CHECKSUMS, CONFIG, INDEX, LEVELS, RECIPE, is_plain, plane_file
@@ -44,7 +43,7 @@ class CheckpointReader:
         self.manifest = Manifest.from_config(self.config, str(self.path))
         self.check(CONFIG)
         self.planes = self._count_planes()
-        self.available = readable_widths(self.manifest.levels, self.planes)
+        self.available = self.manifest.readable(self.planes)
         self.levels = tuple(level for level in self.manifest.levels if level in self.available)
         self.base_specs = self._read_base_header()
         for plane in range(1, self.planes + 1):
@@ -189,7 +188,7 @@ class CheckpointReader:
         present = [plane for plane in files if (self.path / plane_file(plane)).is_file()]
         first_missing = min(set(files) - set(present), default=self.manifest.planes + 1)
         prefix = first_missing - 1
-        if not readable_widths(self.manifest.levels, prefix) or len(present) > prefix:
+        if not self.manifest.readable(prefix) or len(present) > prefix:
             reason = "no width can be read without it"
             if prefix and len(self.manifest.levels) == 1:
                 reason = f"the one width of this checkpoint, {self.manifest.levels[0]} bits, needs it"

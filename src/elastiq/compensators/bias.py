@@ -14,7 +14,11 @@ from ..terms import Shift
 @dataclass(frozen=True)
 class BiasCorrection(Compensator, name="bias"):
     """Adds the mean of what is lost, (W - Q) E[x], to the output (data-free quantization, DFQ, 1906.04721, section 4.2,
-    with the mean measured instead of derived). 16 bits per output and level."""
+    with the mean measured instead of derived). 16 bits per output and level.
+
+    The mean is weighted as all statistics are (`Recipe.token_weights`): the constant that leaves the least weighted
+    error, which is the plain mean where every token weighs the same.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset({"mean"})
     shifts: ClassVar[bool] = True

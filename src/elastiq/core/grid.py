@@ -132,4 +132,5 @@ class Codes(Term):
         return self.grid.dequantize(self.codes, level)
 
     def num_bits(self, level: int) -> int:
-        return self.codes.numel() * level + self.grid.num_bits(level)
+        rows, columns = self.codes.shape
+        return rows * 8 * -(-columns // 8) * level + self.grid.num_bits(level)  # planes of whole bytes

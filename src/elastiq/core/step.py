@@ -52,6 +52,12 @@ class Step(ABC):
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
 
+    def require_at_least(self, **least: float) -> None:
+        """Raises ElastiqError for a parameter that is below its least value, or no number."""
+        for parameter, value in least.items():
+            if not getattr(self, parameter) >= value:
+                raise ElastiqError(f"{self.name}: {parameter}={getattr(self, parameter)} must be at least {value}")
+
 
 def step_from_dict(slot: str, data: dict[str, Any]) -> Step:
     """The step that `to_dict` described. Raises ElastiqError for an unknown name or parameter, or a value of another

@@ -20,8 +20,8 @@ class BlockScaled(Format, name="block-scaled"):
     number: of `terms.values`; block_size: 32 in MX, 16 in NV. scales: `e8m0`, the power of two that brings the block's
     largest weight into the number's top exponent (MX v1.0, section 6.3: 2^(floor(log2 max) - emax), saturating), or
     `e4m3`: largest weight over largest number, in FP8 under one float32 of the matrix (NV). Integers are taken as
-    fractions k / 2^(bits - 2), so that their emax is 0 (MXINT8). For e8m0 integers, the INT-v.s.-FP study rounds the
-    scale up so that nothing saturates; so does this with `round_up`.
+    fractions k / 2^(bits - 2), so that their emax is 0 (MXINT8). The INT-v.s.-FP study rounds e8m0 scales up, those of
+    its floats too, so that nothing saturates; so does this with `round_up`.
     """
 
     number: str = "e2m1"

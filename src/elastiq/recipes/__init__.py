@@ -81,7 +81,10 @@ def get(name: str, *, rotate: bool = False, **options: Any) -> Recipe:
     known = _options(_ALL[name])
     if known and (unknown := sorted(set(options) - set(known))):
         raise ElastiqError(f"recipe {name}: it has no {', '.join(unknown)}; known: {', '.join(known)}")
-    recipe = _ALL[name](**options)
+    try:
+        recipe = _ALL[name](**options)
+    except TypeError as error:  # of the step that was handed what the recipe does not know
+        raise ElastiqError(f"recipe {name}: {error}") from None
     if not rotate:
         return recipe
     if _ROTATION in recipe.transforms:

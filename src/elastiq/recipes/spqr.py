@@ -16,10 +16,12 @@ def spqr(
     share: float = 0.01,
     *,
     symmetric: bool = False,
+    scales: str = "half",
     **recipe: Any,
 ) -> Recipe:
     """GPTQ with the most sensitive weights sparse in 16 bits.
 
     share: of the weights. Everything else as in `Integer` and `Recipe`.
     """
-    return Recipe(Integer(tuple(levels), group_size, symmetric), GPTQ(), splits=(SensitiveWeights(share),), **recipe)
+    format = Integer(tuple(levels), group_size, symmetric, scales)
+    return Recipe(format, GPTQ(), splits=(SensitiveWeights(share),), **recipe)

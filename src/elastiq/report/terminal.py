@@ -143,6 +143,8 @@ def show_estimate(planned: Plan) -> None:
     ]
     rows.append(["16", "16.00", megabytes(planned.bytes_full), megabytes(planned.bytes_full)])
     _table(["bits", "bits per weight", "memory", "disk"], rows, "sizes")
+    if planned.beside:
+        out.print(f"what {', '.join(planned.beside)} store beside the codes comes on top")
     out.print(
         f"quantizing takes about {_duration(planned.seconds)}, {megabytes(planned.peak_memory)} of memory "
         f"and {megabytes(planned.disk)} of free disk (estimates)"

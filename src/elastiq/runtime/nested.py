@@ -56,7 +56,7 @@ class NestedMatrix(nn.Module):
 
     @bits.setter
     def bits(self, bits: Width) -> None:
-        widths = readable_widths(self.stored.levels, self._planes)
+        widths = readable_widths(self.stored.levels, self._planes, self.stored.coded)
         if isinstance(bits, str) or bits not in widths:
             held = ", ".join(map(str, widths)) or "no width yet"
             raise ElastiqError(

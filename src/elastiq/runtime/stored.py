@@ -169,8 +169,11 @@ class StoredMatrix:
         return (*self.shape[:-1], -(-self.in_features // self.group_size))
 
 
-def readable_widths(levels: tuple[int, ...], planes: int) -> tuple[int, ...]:
-    """Widths that the first `planes` bit planes give: every width up to their number, or the one of a single level."""
+def readable_widths(levels: tuple[int, ...], planes: int, coded: bool = True) -> tuple[int, ...]:
+    """Widths that the first `planes` bit planes give: every width up to their number, or the one of a single level.
+
+    coded: scales of integers serve lower widths than their own; a table does not.
+    """
     if len(levels) == 1:
         return levels if planes >= levels[0] else ()
-    return tuple(range(1, planes + 1))
+    return tuple(range(1 if coded else levels[0], planes + 1))

@@ -26,6 +26,9 @@ class BitStack(Solver, name="bitstack"):
 
     needs: ClassVar[frozenset[str]] = frozenset({"diagonal"})
 
+    def __post_init__(self) -> None:
+        self.require_at_least(rank=1)
+
     def solve(self, weight: Tensor, format: Format, stats: Stats) -> tuple[Term, ...]:
         count = format.levels[-1]
         if tuple(format.levels) != tuple(range(1, count + 1)):

@@ -29,6 +29,9 @@ class DecoupleQ(Solver, name="decoupleq"):
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian", "diagonal"})
 
+    def __post_init__(self) -> None:
+        self.require_at_least(rounds=1, damp=0, block_size=1)
+
     def solve(self, weight: Tensor, format: Format, stats: Stats) -> tuple[Term, ...]:
         damped, upper, _ = cholesky.factor_with_retry(stats.mean_hessian().to(weight.device), self.damp, "decoupleq")
         grid = format.fit(weight, stats)

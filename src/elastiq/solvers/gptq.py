@@ -20,7 +20,8 @@ class GPTQ(Solver, name="gptq"):
     damp: fraction of the mean Hessian diagonal added to it, raised tenfold until the Cholesky factor exists.
     act_order: visit channels by falling Hessian diagonal, on scales fitted beforehand.
     refits, passes: rounds of scale refit per group, and sweeps of coordinate descent over codes and scales afterwards;
-        both 0 is the published algorithm. They are what differs from the paper, as are the fractional zero points.
+        both 0 is the published algorithm, on other scales: fractional zero points, and ranges that the format clips
+        where the paper takes the extremes. `damp` is .01 there, and every token weighs the same (`Recipe`).
     block_size: columns per lazy update (section 3.3, step 2); changes nothing but speed.
 
     On a format that is not affine it is the published algorithm, on scales fitted beforehand.
@@ -34,6 +35,9 @@ class GPTQ(Solver, name="gptq"):
     block_size: int = 128
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+
+    def __post_init__(self) -> None:
+        self.require_at_least(damp=0, refits=0, passes=0, block_size=1)
 
     def solve(self, weight: Tensor, format: Format, stats: Stats) -> tuple[Term, ...]:
         hessian = stats.mean_hessian().to(weight.device)

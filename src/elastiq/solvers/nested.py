@@ -43,6 +43,9 @@ class Nested(Solver, name="nested"):
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
+    def __post_init__(self) -> None:
+        self.require_at_least(damp=0, refits=0, passes=0, refines=0, beam=1, block_size=1)
+
     def solve(self, weight: Tensor, format: Format, stats: Stats) -> tuple[Term, ...]:
         damped, upper, _ = cholesky.factor_with_retry(stats.mean_hessian().to(weight.device), self.damp, "nested")
         grid = format.fit(weight, stats)

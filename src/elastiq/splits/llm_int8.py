@@ -28,6 +28,9 @@ class OutlierFeatures(Split, name="llm-int8"):
     needs: ClassVar[frozenset[str]] = frozenset({"abs_max", "diagonal"})
     bits: ClassVar[tuple[int, int]] = (8, 8)
 
+    def __post_init__(self) -> None:
+        self.require_at_least(threshold=0)
+
     def split(self, weight: Tensor, format: Format, stats: Stats) -> tuple[Tensor, tuple[SideTerm, ...]]:
         abs_max = stats.get("abs_max")
         if abs_max is None:

@@ -17,7 +17,8 @@ from ..terms import Sparse
 class Salient(Split, name="pb-llm"):
     """The salient part in 8 bits, the rest to be binary (PB-LLM, 2310.00034, section 3.2; codes of 1 bit).
 
-    share: of the weights. Saliency is w² over the diagonal of the inverse Hessian, as the paper's Hessian criterion.
+    share: of the weights. Saliency is w² over the diagonal of the inverse Hessian, over the whole matrix; the authors'
+    code takes the square of its Cholesky factor's diagonal, group by group.
     Salient weights are int8 under one float16 scale per row; in the codes their place holds what the binary weight of
     the rest's sign would, so that it costs the rest nothing.
     """

@@ -29,6 +29,9 @@ class ActivationAware(Transform, name="awq"):
     needs: ClassVar[frozenset[str]] = frozenset({"hessian", "diagonal", "abs_mean"})
     bits: ClassVar[tuple[int, int]] = (3, 8)
 
+    def __post_init__(self) -> None:
+        self.require_at_least(steps=1, level=0)
+
     def plan(self, consumers: Sequence[Tensor], stats: Stats, format: Format) -> Fold:
         abs_mean = stats.get("abs_mean")
         if abs_mean is None:

@@ -40,7 +40,8 @@ class ScaleTuning(Tuner, name="scales"):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch, self.holdout) < 1 or min(self.rate, self.falloff, self.fewer) <= 0:
+        sizes = self.rate, self.falloff, self.fewer
+        if min(self.steps, self.batch, self.holdout) < 1 or not all(size > 0 for size in sizes):
             raise ElastiqError("scales: steps, batch, holdout, rate, falloff and fewer must be positive")
 
     @property

@@ -19,7 +19,9 @@ class SignRound(MovingTuner, name="sign-round"):
     before; a wide level therefore holds back moves that help a narrow one. Scales take the place of the clipping range:
     both ends of a group's range move.
 
-    A weight's longest way is about `steps * rate / 2` cells. Parameters as in `MovingTuner`.
+    A weight's longest way is about `steps * rate / 2` cells: a quarter with the defaults, where AutoRound's 200 steps
+    reach a half (docs/tuning.md has both). AutoRound also feeds a block what the quantized blocks before it give, as
+    `Recipe.inputs` does here. Parameters as in `MovingTuner`.
     """
 
     resources: ClassVar[tuple[str, ...]] = ("gradients", "memory of what is judged, in float32")
