@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,9 @@ def test_generate_samples_by_seed(made: tuple[Path, Result]) -> None:
 def test_report_names_its_file(made: tuple[Path, Result], tmp_path: Path) -> None:
     assert ok("report", made[0], "-o", tmp_path / "page.html").stdout == f"{tmp_path / 'page.html'}\n"
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
-    refused = run("report", made[0], "-o", tmp_path / "absent.svg")
+    copy = shutil.copytree(made[0], tmp_path / "copy")
+    (copy / "evaluation.json").unlink(missing_ok=True)
+    refused = run("report", copy, "-o", tmp_path / "absent.svg")
     assert refused.exit_code == 1 and "has not been evaluated; run elastiq evaluate first" in refused.output
 
 

@@ -71,7 +71,7 @@ def test_not_a_model_directory(tmp_path: Path) -> None:
     with pytest.raises(ElastiqError, match=r"is not a model directory: it has no config\.json"):
         ModelSource(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ElastiqError, match=r"config\.json: not readable as JSON"):
+    with pytest.raises(ElastiqError, match=r"config\.json is not valid JSON"):
         ModelSource(tmp_path)
     with pytest.raises(ElastiqError, match="is a file, not a model directory"):
         ModelSource(tmp_path / "config.json")
@@ -159,7 +159,7 @@ def test_index_that_lies(sharded: Path) -> None:
         with pytest.raises(ElastiqError, match="has no weight_map of file names; download the model again"):
             ModelSource(sharded)
     index.write_text("[" * 100_000)
-    with pytest.raises(ElastiqError, match="not readable as JSON"):
+    with pytest.raises(ElastiqError, match="is not valid JSON"):
         ModelSource(sharded)
 
 

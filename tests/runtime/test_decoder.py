@@ -123,10 +123,11 @@ def test_rotated_inputs(tmp_path: Path, size: dict[str, int], path: str) -> None
 
 @pytest.mark.parametrize("channels", [32, 128, 16])
 def test_a_rotation_of_another_size_is_refused(tmp_path: Path, channels: int) -> None:
-    model = rotated(tmp_path, SIZES[0], lambda site: (Hadamard.of(torch.arange(channels) % 3 == 0),))
-    assert not hasattr(model.model, "compiled_step")
+    fold = Hadamard.of(torch.arange(channels) % 3 == 0)
+    with pytest.raises(ElastiqError, match=f"parts of the quantization_config .* {channels}"):
+        rotated(tmp_path, SIZES[0], lambda site: (fold,))
     with pytest.raises(ElastiqError, match=f"rotation of {channels} channels was given 64"):
-        logits(model)
+        fold.forward(torch.ones(2, 64))
 
 
 def test_other_folds_keep_their_own_code(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from ..checkpoint.files import read_json
 from ..core import ElastiqError
 
 INDEX = "model.safetensors.index.json"
@@ -32,6 +32,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_MAX_JSON = 256 << 20
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -190,7 +191,14 @@ def _open_shard(file: Path) -> Any:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    data = read_json(file)
+    try:
+        if file.stat().st_size > _MAX_JSON:
+            raise ElastiqError(f"{file} is too large for what its name says; download it again")
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ElastiqError(f"{file} cannot be read ({_first_line(error)})") from error
+    except (ValueError, RecursionError) as error:
+        raise ElastiqError(f"{file} is not valid JSON ({_first_line(error)})") from error
     if not isinstance(data, dict):
         raise ElastiqError(f"{file} is not a JSON object")
     return data
