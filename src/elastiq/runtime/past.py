@@ -74,7 +74,8 @@ class GrowingLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
-            super().crop(tokens_to_remove)  # a length to keep for transformers before 5.18, which later ones refuse
+            DynamicLayer().crop(tokens_to_remove)  # refused by transformers from 5.18 on; before, a length to keep
+            self.length = min(self.length, tokens_to_remove)
         else:
             self.length = max(0, self.length + tokens_to_remove)
 
