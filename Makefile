@@ -38,8 +38,8 @@ test-sanitized: $(SANITIZED)/installed
 
 # What meets transformers, with the oldest one that pyproject.toml allows.
 test-oldest: $(OLDEST)/installed
-	@OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest tests/test_huggingface.py tests/test_load.py tests/test_generate.py \
-		tests/test_quantize.py tests/test_export.py tests/test_importing.py tests/runtime tests/models tests/evaluate
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest tests/integrations tests/inference tests/runtime tests/models \
+		tests/pipeline/test_run.py tests/foreign/test_exporting.py tests/foreign/test_importing.py tests/evaluate
 
 lint: $(VENV)/installed
 	@$(BIN)/ruff check --quiet .

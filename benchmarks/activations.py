@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 import elastiq
-from elastiq.evaluate import load_tokenizer, write_json
+from elastiq.evaluate import write_json
 from elastiq.kernels.matmul.cpu import DIGITS
 from elastiq.runtime import nested_matrices
+from elastiq.text.evaluation import load_tokenizer
 
 TOKENS = 8
 """Given at a time: few enough to be multiplied on the planes in every mode."""

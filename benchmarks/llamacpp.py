@@ -28,10 +28,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from elastiq.checkpoint import CheckpointReader
-from elastiq.checkpoint.export_gguf import _add_tokenizer, _names, _plain
-from elastiq.checkpoint.export_gguf_models import family_of
-from elastiq.checkpoint.view import View
-from elastiq.export import GGUF, export
+from elastiq.foreign.exporting import GGUF, export
+from elastiq.foreign.gguf.exporting import _add_tokenizer, _names, _plain
+from elastiq.foreign.gguf.families import family_of
+from elastiq.foreign.view import View
 
 TYPES = {"Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q4_0": 4, "Q4_1": 4, "Q5_K": 5, "Q5_0": 5, "Q5_1": 5, "Q6_K": 6, "Q8_0": 8}
 """The width whose level is written as each type."""

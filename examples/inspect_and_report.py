@@ -4,7 +4,8 @@ from pathlib import Path
 
 import elastiq
 from elastiq import embedded
-from elastiq.evaluate import evaluate, inspect_model
+from elastiq.evaluate import evaluate
+from elastiq.measure.inspection import inspect_model
 from elastiq.report import write_report
 
 MODEL, OUT = embedded.model_dir(), "example-checkpoint"

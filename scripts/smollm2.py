@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from elastiq import ElastiqError
-from elastiq.importing import import_model
+from elastiq.foreign.importing import import_model
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 NAME = "smollm2-135m-instruct"

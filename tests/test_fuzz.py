@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from elastiq import ElastiqError
 from elastiq.checkpoint import CheckpointReader
-from elastiq.checkpoint.export_integer import Packed
-from elastiq.export import GGUF, AWQDirectory, CompressedTensors, GPTQDirectory, export
-from elastiq.importing import import_model
+from elastiq.foreign.exporting import GGUF, AWQDirectory, CompressedTensors, GPTQDirectory, export
+from elastiq.foreign.importing import import_model
+from elastiq.foreign.integer import Packed
 
 MOST_MEMORY = 512 << 10
 """KiB by which no file of a few kilobytes may make this process grow."""

@@ -19,8 +19,8 @@ from elastiq.checkpoint import CheckpointReader
 from elastiq.checkpoint.sizes import held_bytes, map_sizes
 from elastiq.core import LevelMap, Width
 from elastiq.evaluate import evaluate
-from elastiq.export import export
-from elastiq.huggingface import ElastiqConfig
+from elastiq.foreign.exporting import export
+from elastiq.integrations.transformers import ElastiqConfig
 from elastiq.runtime import StoredMatrix, bits_per_weight, nested_matrices
 from elastiq.runtime.mixed import MixedLinear
 from elastiq.runtime.stored import StoredPart

@@ -12,11 +12,9 @@ from importlib.metadata import version
 from . import recipes
 from .allocate import Budget, allocate, frontier
 from .core import ElastiqError, LevelMap, Recipe
-from .generate import generate
-from .huggingface import ElastiqConfig
-from .load import load, set_bits
-from .planning import plan
-from .quantize import quantize
+from .inference import generate, load, set_bits
+from .integrations.transformers import ElastiqConfig
+from .pipeline import plan, quantize
 
 __version__ = version("elastiq")
 __all__ = [

@@ -15,7 +15,7 @@ import elastiq
 from elastiq import ElastiqConfig, load, quantize, recipes, set_bits
 from elastiq.checkpoint import CheckpointReader, slice_checkpoint
 from elastiq.checkpoint.sizes import level_sizes
-from elastiq.export import GPTQDirectory, HuggingFace, export
+from elastiq.foreign.exporting import GPTQDirectory, HuggingFace, export
 from elastiq.runtime import bits_per_weight, nested_matrices
 from elastiq.tuners import ScaleTuning
 
@@ -61,7 +61,7 @@ def test_what_is_read_is_what_was_made(
 
 def test_memory_is_counted(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     summary = quantize(tiny_model("llama"), tmp_path / "out", RECIPE, IDS)
-    planned = elastiq.planning.plan(tiny_model("llama"), RECIPE)
+    planned = elastiq.plan(tiny_model("llama"), RECIPE)
     model = load(tmp_path / "out", dtype=torch.float16)
     held = sum({b.data_ptr(): b.nbytes for b in [*model.buffers(), *model.parameters()] if b.numel()}.values())
     counted = level_sizes(CheckpointReader(tmp_path / "out"), [4])[4]["bytes_in_memory"]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from elastiq.core import ElastiqError, Format, QuantizedWeight, SideTerm, Split, Stats, Step, step_from_dict
 from elastiq.formats import Integer, Minifloat
+from elastiq.parts import Sparse
 from elastiq.solvers import GPTQ
 from elastiq.splits import OutlierFeatures, Salient, SensitiveWeights
-from elastiq.terms import Sparse
 
 CASES: list[tuple[Split, Format]] = [
     (SensitiveWeights(), Integer((3,), 32)),

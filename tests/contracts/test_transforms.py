@@ -13,9 +13,9 @@ from torch import Tensor
 
 from elastiq.core import Codes, ElastiqError, Fold, Stats, Step, Transform, fold_in, fold_out, step_from_dict
 from elastiq.formats import Integer
+from elastiq.parts import Hadamard
 from elastiq.runtime.stored import StoredArray, StoredPart
 from elastiq.solvers import GPTQ
-from elastiq.terms import Hadamard
 from elastiq.transforms import ActivationAware, RandomHadamard, SmoothQuant
 
 CASES: list[Transform] = [ActivationAware(steps=6), RandomHadamard(), RandomHadamard(seed=3), SmoothQuant()]

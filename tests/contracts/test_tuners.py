@@ -12,8 +12,8 @@ from torch import Tensor
 
 from elastiq.core import Codes, ElastiqError, QuantizedWeight, Stats, Step, Tuner, step_from_dict, to_half
 from elastiq.formats import Integer
+from elastiq.parts import Diagonal, Hadamard, LowRank, Sparse
 from elastiq.solvers import RoundToNearest
-from elastiq.terms import Diagonal, Hadamard, LowRank, Sparse
 from elastiq.tuners import CoDistillation, GumbelChoice, ScaleTuning, SignRound
 
 CASES: list[Tuner] = [

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from elastiq.checkpoint import CheckpointReader
 from elastiq.core import ElastiqError
 from elastiq.evaluate import evaluate, evaluation, level_sizes, scores
-from elastiq.load import load
+from elastiq.inference.loading import load
 
 WINDOW, COUNT = 24, 5
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from elastiq import recipes
 from elastiq.core import Format, rounded
 from elastiq.formats import BlockScaled, Codebook, Minifloat, NormalFloat
-from elastiq.terms import values
-from elastiq.terms.table import TableGrid
+from elastiq.parts import values
+from elastiq.parts.table import TableGrid
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 TYPES = {

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from elastiq import load, quantize, recipes, set_bits
 from elastiq.checkpoint import CheckpointReader
 from elastiq.core import ElastiqError, Recipe
-from elastiq.export import GPTQDirectory, HuggingFace, export
+from elastiq.foreign.exporting import GPTQDirectory, HuggingFace, export
 from elastiq.formats import Integer
 from elastiq.runtime import bits_per_weight
 from elastiq.runtime.swap import nested_matrices

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import elastiq
 from elastiq.core import ElastiqError, Fold, Site
 from elastiq.linalg import native
-from elastiq.terms import Diagonal, Hadamard
+from elastiq.parts import Diagonal, Hadamard
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89]])
 TOKENS = [79, 32, 38, 46, 26, 43]

@@ -13,11 +13,11 @@ from naive.tuners import moved, read_moved, train_gumbel, train_moving
 
 from elastiq.core import Codes, QuantizedWeight, Stats, Tuned
 from elastiq.formats import Integer
-from elastiq.linalg.training import MovingCodes, Part
+from elastiq.parts import Hadamard, Sparse
 from elastiq.solvers import RoundToNearest
-from elastiq.terms import Hadamard, Sparse
 from elastiq.tuners import CoDistillation, GumbelChoice, SignRound
 from elastiq.tuners.gumbel import _Choice
+from elastiq.tuners.training import MovingCodes, Part
 
 LEVELS = (2, 3, 5)
 

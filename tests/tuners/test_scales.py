@@ -10,9 +10,9 @@ from naive.tuners import decode, train
 
 from elastiq.core import Codes, QuantizedWeight, Stats
 from elastiq.formats import Integer
-from elastiq.linalg.training import FixedCodes
 from elastiq.solvers import RoundToNearest
 from elastiq.tuners import ScaleTuning
+from elastiq.tuners.training import FixedCodes
 
 
 @pytest.mark.parametrize("shape", [(6, 64), (5, 70)], ids=str)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import terms  # noqa: F401  (its kinds register themselves)
+from .. import parts as _kinds  # noqa: F401  (they register themselves)
 from ..core import MAX_BITS, Codes, ElastiqError, Fold, Part, QuantizedWeight, SideTerm, Site, Term
 from ..runtime.stored import StoredArray, StoredPart
 from .tensors import dtype_code, dtype_of

@@ -12,7 +12,6 @@ from ..allocate import Budget, allocate, frontier, parse_bytes, parse_seconds, w
 from ..core import Step
 from ..measure import Bench, allocate_measured, latency_table, measure_sensitivity
 from ..report import save_frontier
-from ..report.terminal import comma, out, show_allocation, show_frontier, show_sensitivity
 from .app import app
 from .options import (
     Checkpoint,
@@ -28,6 +27,7 @@ from .options import (
     write,
 )
 from .progress import Bars
+from .tables import comma, out, show_allocation, show_frontier, show_sensitivity
 
 
 @app.command("allocate")

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..core import ElastiqError
-from ..report.terminal import out, printable
+from .tables import out, printable
 
 log = logging.getLogger("elastiq")
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)

@@ -10,13 +10,13 @@ import typer
 from ..checkpoint import CheckpointReader, slice_checkpoint
 from ..core import MAX_BITS
 from ..evaluate import megabytes, write_card
-from ..export import TARGETS, export
-from ..hub import pull, push
-from ..importing import import_model
+from ..foreign.exporting import TARGETS, export
+from ..foreign.importing import import_model
+from ..integrations.hub import pull, push
 from ..report import write_picture, write_report
-from ..report.terminal import comma, out, printable, show_export
 from .app import app
 from .options import Checkpoint, Format, Json, Map, Revision, write
+from .tables import comma, out, printable, show_export
 
 
 @app.command("report")

@@ -10,11 +10,11 @@ import typer
 
 from .. import recipes
 from ..checkpoint import CheckpointReader
-from ..methods import methods, papers
-from ..methods import page as methods_page
-from ..report.terminal import out, show_methods
+from ..recipes.listing import methods, papers
+from ..recipes.listing import page as methods_page
 from .app import app
 from .options import Checkpoint, Json, write
+from .tables import out, show_methods
 
 
 @app.command("recipes")

@@ -12,7 +12,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..report.terminal import out
+from .tables import out
 
 
 class Bars:

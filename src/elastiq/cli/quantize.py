@@ -9,12 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from .. import recipes
-from ..evaluate import inspect_checkpoint, inspect_model
-from ..export import TARGETS
-from ..planning import plan
-from ..quantize import quantize
-from ..rehearse import rehearse
-from ..report.terminal import (
+from ..foreign.exporting import TARGETS
+from ..measure.inspection import inspect_checkpoint, inspect_model
+from ..pipeline.planning import plan
+from ..pipeline.run import quantize
+from .app import app
+from .options import DTYPES, Device, Format, Json, Model, Precision, Revision, usable_device, widths, write
+from .progress import Bars
+from .rehearsal import rehearse
+from .tables import (
     comma,
     show_checkpoint,
     show_estimate,
@@ -23,9 +26,6 @@ from ..report.terminal import (
     show_rehearsal,
     show_summary,
 )
-from .app import app
-from .options import DTYPES, Device, Format, Json, Model, Precision, Revision, usable_device, widths, write
-from .progress import Bars
 
 
 class Scales(StrEnum):

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from ..allocate import Budget, allocate, parse_bytes, read_map
 from ..core import MAX_BITS, ElastiqError, LevelMap
-from ..evaluate import evaluate, evaluate_tasks, load_tokenizer
-from ..generate import generate
-from ..load import load
-from ..report.terminal import out, show_evaluation, show_tasks
+from ..evaluate import evaluate, evaluate_tasks
+from ..inference.generation import generate
+from ..inference.loading import load
+from ..text.evaluation import load_tokenizer
 from .app import app
 from .options import (
     DTYPES,
@@ -31,6 +31,7 @@ from .options import (
     write,
 )
 from .progress import Bars
+from .tables import out, show_evaluation, show_tasks
 
 
 @app.command("evaluate")

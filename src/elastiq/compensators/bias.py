@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..core import Compensator, SideTerm, Stats, to_half
-from ..terms import Shift
+from ..parts import Shift
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import Compensator, ElastiqError, SideTerm, Stats, to_half
-from ..terms import LowRank
+from ..parts import LowRank
 
 
 @dataclass(frozen=True)

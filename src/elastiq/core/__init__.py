@@ -1,6 +1,5 @@
 """The types that travel between all parts."""
 
-from . import statistics as statistics  # registers them
 from .allocation import (
     EVIDENCE,
     Allocator,

@@ -1,22 +1,19 @@
 """What a checkpoint, or a model before it, is worth."""
 
 from ..checkpoint.sizes import checkpoint_files, full_bytes, level_sizes, megabytes
+from ..text.evaluation import load_tokenizer, read_text, windows
 from .card import made_by, write_card
 from .evaluation import evaluate, load_full
-from .inspection import inspect_checkpoint, inspect_model
 from .kinds import kind, short_kinds
 from .record import read_evaluations, read_tasks, write_json
 from .table import level_error, mean_error
 from .tasks import evaluate_tasks
-from .text import load_tokenizer, read_text, windows
 
 __all__ = [
     "checkpoint_files",
     "evaluate",
     "evaluate_tasks",
     "full_bytes",
-    "inspect_checkpoint",
-    "inspect_model",
     "kind",
     "level_error",
     "level_sizes",

@@ -16,12 +16,12 @@ from ..allocate import complete
 from ..checkpoint import CheckpointReader
 from ..checkpoint.sizes import full_bytes, map_mean_bits, map_sizes
 from ..core import ElastiqError, LevelMap, Width, widest
-from ..load import load, map_widths, set_bits
+from ..inference.loading import load, map_widths, set_bits
 from ..models import ModelSource, give_back_memory
+from ..text.evaluation import load_tokenizer, read_text, windows
 from .card import write_card
 from .record import keep
 from .scores import Scores
-from .text import load_tokenizer, read_text, windows
 
 log = logging.getLogger("elastiq")
 

@@ -17,11 +17,11 @@ from ..checkpoint.files import MAX_JSON, sha256
 from ..checkpoint.names import TASKS
 from ..checkpoint.sizes import map_sizes
 from ..core import ElastiqError, LevelMap, widest
-from ..load import load, set_bits
+from ..inference.loading import load, set_bits
+from ..text.evaluation import load_tokenizer
 from .card import write_card
 from .evaluation import load_full, width_maps
 from .record import read_tasks, write_json
-from .text import load_tokenizer
 
 log = logging.getLogger("elastiq")
 

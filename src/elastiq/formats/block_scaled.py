@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..core import ElastiqError, Format, Stats, storage
-from ..terms import TableGrid, bits_of, values
-from ..terms.fitting import group_columns, largest
+from ..parts import TableGrid, bits_of, values
+from ..parts.fitting import group_columns, largest
 
 
 @dataclass(frozen=True)

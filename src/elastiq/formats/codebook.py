@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import MAX_BITS, ElastiqError, Format, Stats, to_half
-from ..terms import TableGrid
+from ..parts import TableGrid
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..core import MIN_SCALE, ElastiqError, Format, Stats, storage
-from ..terms import TableGrid, bits_of
-from ..terms.fitting import fit_scales, group_columns
+from ..parts import TableGrid, bits_of
+from ..parts.fitting import fit_scales, group_columns
 
 
 @dataclass(frozen=True)

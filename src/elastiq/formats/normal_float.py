@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..core import ElastiqError, Format, Stats, storage
-from ..terms import TableGrid, values
-from ..terms.fitting import group_columns, largest
+from ..parts import TableGrid, values
+from ..parts.fitting import group_columns, largest
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from ..checkpoint import CheckpointReader
 from ..core import Damage, Width
-from ..evaluate import load_full, load_tokenizer, read_text, windows
-from ..load import load
+from ..evaluate import load_full
+from ..inference.loading import load
 from ..runtime import NestedLinear, NestedMatrix, nested_matrices
+from ..text.evaluation import load_tokenizer, read_text, windows
 from .prefix import Prefix
 
 _KL_ROWS = 512

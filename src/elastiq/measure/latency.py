@@ -21,8 +21,8 @@ from ..checkpoint import CheckpointReader
 from ..checkpoint.files import json_bytes, read_json, replace_durably, write_durably
 from ..checkpoint.names import CONFIG
 from ..core import ElastiqError
+from ..inference.loading import load, set_bits
 from ..linalg import native
-from ..load import load, set_bits
 from ..runtime import StoredMatrix, TiedHead, nested_matrices
 
 Progress = Callable[[str, int, int], None]

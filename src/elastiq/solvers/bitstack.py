@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import ElastiqError, Format, Solver, Stats, Term, to_half
-from ..terms import Diagonal, SignStack
+from ..parts import Diagonal, SignStack
 
 
 @dataclass(frozen=True)

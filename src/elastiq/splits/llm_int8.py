@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import Format, SideTerm, Split, Stats, to_half
-from ..terms import Channels
+from ..parts import Channels
 
 
 @dataclass(frozen=True)

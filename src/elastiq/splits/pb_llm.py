@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import ElastiqError, Format, SideTerm, Split, Stats, to_half
 from ..linalg import cholesky
-from ..terms import Sparse
+from ..parts import Sparse
 
 
 @dataclass(frozen=True)

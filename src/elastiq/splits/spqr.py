@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..core import ElastiqError, Format, SideTerm, Split, Stats, to_half
 from ..linalg import cholesky
-from ..terms import Sparse
-from ..terms.fitting import group_columns, grouped
+from ..parts import Sparse
+from ..parts.fitting import group_columns, grouped
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import Fold, Format, Stats, Transform
-from ..terms import Hadamard
+from ..parts import Hadamard
 
 
 @dataclass(frozen=True)

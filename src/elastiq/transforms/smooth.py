@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import ElastiqError, Fold, Format, Stats, Transform
-from ..terms import Diagonal
+from ..parts import Diagonal
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..linalg.training import Adam, Descent, MovingTuner
+from .training import Adam, Descent, MovingTuner
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import Journal, Objective, QuantizedWeight, Tuned
-from ..linalg.training import JointTuner, Lion, Scales, codes_of, grouped, kept_if_better, with_scales
+from .training import JointTuner, Lion, Scales, codes_of, grouped, kept_if_better, with_scales
 
 
 @dataclass(frozen=True)

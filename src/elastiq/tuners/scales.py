@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import ElastiqError, Journal, Objective, QuantizedWeight, Tuned, Tuner
-from ..linalg.training import Adam, Course, FixedCodes, kept_if_better
+from .training import Adam, Course, FixedCodes, kept_if_better
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..linalg.training import Descent, MovingTuner, SignDescent
+from .training import Descent, MovingTuner, SignDescent
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""llama.cpp's files: blocks, names and hyperparameters by family, writing and reading."""

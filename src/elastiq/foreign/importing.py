@@ -1,0 +1,66 @@
+"""Models of other tools as ordinary 16-bit directories, to evaluate them or to quantize them again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..checkpoint.files import disk_errors, read_json
+from ..checkpoint.lock import try_lock
+from ..core import ElastiqError
+from .gguf.importing import import_gguf
+from .packed import METHODS, import_packed
+
+__all__ = ["import_model", "ordinary"]
+
+
+def import_model(model: str | Path, output: str | Path) -> None:
+    """Write a GGUF file, or a directory of GPTQ, AWQ, compressed-tensors or bitsandbytes, to `output` in 16 bits.
+
+    Raises ElastiqError for anything else, and for files that are damaged; `output` appears whole or not at all.
+    """
+    model = Path(model)
+    if not model.exists():
+        raise ElastiqError(f"{model}: no such file or directory; give a GGUF file or a packed model directory")
+    if model.is_file():
+        import_gguf(model, output)
+    else:
+        import_packed(model, output)
+
+
+@contextmanager
+def ordinary(model: str | Path, output: Path) -> Iterator[str | Path]:
+    """`model` itself, or where it is foreign its import beside `output`, for as long as the context lasts.
+
+    Raises ElastiqError where another process is importing for the same output.
+    """
+    if not _is_foreign(Path(model)):
+        yield model
+        return
+    room = output.absolute().with_name(f"{output.name}.imported")
+    with disk_errors(output, "run the same command again"):
+        room.mkdir(parents=True, exist_ok=True)
+        lock = try_lock(room / "lock")
+    if lock is None:
+        raise ElastiqError(f"{output}: another process is writing it; wait for it, or choose another output")
+    with lock:
+        try:
+            for left in room.iterdir():  # by a run that was killed
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+            import_model(model, room / Path(model).stem)
+            yield room / Path(model).stem
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+
+
+def _is_foreign(model: Path) -> bool:
+    if model.is_file():
+        return model.suffix == ".gguf"
+    if not (model / "config.json").is_file():
+        return False
+    config = read_json(model / "config.json")
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(settings, dict) and settings.get("quant_method") in list(METHODS)

@@ -1,0 +1,1 @@
+"""Programs that read nested checkpoints: transformers, vLLM, and the hub they travel by."""

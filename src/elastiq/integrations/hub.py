@@ -1,0 +1,145 @@
+"""Checkpoints on the Hugging Face hub: pushed as they are, pulled with no more planes than a width needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+from ..checkpoint import CheckpointReader
+from ..checkpoint.files import disk_errors, read_json, sync_directory, sync_tree
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.names import (
+    BASE,
+    CARD,
+    CHECKSUMS,
+    CONFIG,
+    EVALUATION,
+    FINGERPRINT,
+    INDEX,
+    LEVELS,
+    RECIPE,
+    SENSITIVITY,
+    TASKS,
+    plane_file,
+    travels_along,
+)
+from ..checkpoint.slice import narrow
+from ..core import MAX_BITS, ElastiqError
+from ..evaluate import write_card
+
+__all__ = ["pull", "push"]
+
+_DOCUMENTS = frozenset(
+    {BASE, CONFIG, RECIPE, LEVELS, FINGERPRINT, INDEX, CHECKSUMS, CARD, EVALUATION, TASKS, SENSITIVITY}
+)
+
+
+def push(path: str | Path, repo: str, *, private: bool = False, revision: str | None = None) -> str:
+    """Upload the checkpoint `path` as one commit to the model repository `repo`; the address of the commit.
+
+    Files that do not belong to a checkpoint stay behind. The repository is made if there is none, `private` or not; so
+    is the branch `revision`. Who may write is the business of the hub's own login (`hf auth login`).
+    Raises ElastiqError for a checkpoint that is damaged or lacks planes, and for what the hub refuses.
+    """
+    reader = CheckpointReader(path)
+    for plane in range(1, reader.manifest.planes + 1):
+        reader.require_plane(plane)
+    names = _belonging((file.name for file in reader.path.iterdir() if file.is_file()), reader.manifest.planes)
+    for name in sorted(reader.digests.keys() & names):
+        reader.check(name)
+    with _said_by_the_hub(repo):
+        api = HfApi(library_name="elastiq")
+        api.create_repo(repo, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        widths = ", ".join(map(str, reader.levels))
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=reader.path, allow_patterns=sorted(names), revision=revision,
+            commit_message=f"Nested checkpoint, levels {widths}",
+        )  # fmt: skip
+    return str(commit.commit_url)
+
+
+def pull(repo: str, output: str | Path, bits: int | None = None, *, revision: str | None = None) -> None:
+    """Download the checkpoint in the model repository `repo` to the new directory `output`.
+
+    bits: the widest width it shall give; planes beyond are not downloaded, and the directory becomes what `elastiq
+    slice` would have made, beside what was measured of the whole. Files wait beside `output` until all are there and
+    agree with their checksums: a run that was stopped goes on with the files that are missing.
+    Raises ElastiqError for a repository that holds no checkpoint or cannot give `bits`, and for what the hub refuses.
+    """
+    output = Path(output).absolute()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ElastiqError(f"{output}: exists already; choose another output")
+    work = output.with_name(f"{output.name}.pulling")
+    with disk_errors(output, "pull again"):
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            _download(repo, work, bits, revision)
+        except BaseException:
+            if not any(file.suffix in (".safetensors", ".incomplete") for file in work.rglob("*")):
+                shutil.rmtree(work, ignore_errors=True)  # nothing that another run would be spared
+            raise
+        reader = CheckpointReader(work)
+        for name in sorted(reader.digests):
+            if (work / name).is_file():
+                reader.check(name)
+        if bits is not None and bits < reader.manifest.planes:
+            narrow(work, reader, bits)
+            write_card(work)
+        sync_tree(work)
+        os.rename(work, output)
+        sync_directory(output.parent)
+
+
+def _download(repo: str, work: Path, bits: int | None, revision: str | None) -> None:
+    """Fill `work` with the files of one commit that `bits` needs, and with nothing else."""
+    with _said_by_the_hub(repo):
+        api = HfApi(library_name="elastiq")
+        info = api.model_info(repo, revision=revision)
+        there = {sibling.rfilename for sibling in info.siblings or ()}
+        if not {CONFIG, CHECKSUMS, BASE} <= there:
+            raise ElastiqError(f"{repo}: holds no elastiq checkpoint; give a repository that elastiq push made")
+
+        def fetch(names: Iterable[str]) -> None:
+            api.snapshot_download(repo, revision=info.sha, local_dir=work, allow_patterns=sorted(names), max_workers=4)
+
+        fetch([CONFIG])
+        manifest = Manifest.from_config(read_json(work / CONFIG), repo)
+        if bits is not None and bits not in manifest.widths:
+            widths = ", ".join(map(str, manifest.widths))
+            raise ElastiqError(f"{repo}: it can be read at {widths} bits, not {bits}; ask for one of these")
+        wanted = _belonging(there, min(bits or MAX_BITS, manifest.planes))
+        fetch(wanted)
+    shutil.rmtree(work / ".cache", ignore_errors=True)  # without it a file that turns out damaged is fetched again
+    for file in work.iterdir():
+        if file.name not in wanted:
+            file.unlink()
+
+
+def _belonging(names: Iterable[str], planes: int) -> set[str]:
+    """Which of some files are those of a checkpoint read at up to `planes` planes."""
+    known = _DOCUMENTS | {plane_file(plane) for plane in range(1, planes + 1)}
+    return {name for name in names if name in known or travels_along(name)}
+
+
+@contextmanager
+def _said_by_the_hub(repo: str) -> Iterator[None]:
+    """Turn what the hub's client raises into one sentence."""
+    try:
+        yield
+    except ElastiqError:
+        raise
+    except RevisionNotFoundError:
+        raise ElastiqError(f"{repo}: it has no such revision; give a branch, tag or commit of it") from None
+    except RepositoryNotFoundError:
+        raise ElastiqError(f"{repo}: no such repository, or none you may read; run hf auth login") from None
+    except Exception as error:  # its client raises what it and its libraries like
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ElastiqError(f"{repo}: the hub says no ({reason}); mend that and run the command again") from error
