@@ -31,6 +31,7 @@ from decode import decode
 from methods import methods
 
 import elastiq
+from elastiq.core import step_from_dict
 from elastiq.evaluate import evaluate, write_json
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -54,15 +55,16 @@ def quality(
     group_size: int = 64,
     num_samples: int = 32,
     num_windows: int = 24,
-    token_weights: str = "output",
+    token_weights: str = "block-output",
     json_file: Json = None,
 ) -> None:
     """One nested file, and files (with refit and coordinate descent) made for each width alone, at every width."""
+    weights = step_from_dict("token-weights", {"name": token_weights})
     recipes: dict[str, elastiq.Recipe] = {}
     for case in cases.split(","):
         name, _, alone = case.partition("-")
         widths = tuple(int(level) for level in (alone or levels).split(","))
-        recipes[case] = elastiq.recipes.get(name, levels=widths, group_size=group_size, token_weights=token_weights)
+        recipes[case] = elastiq.recipes.get(name, levels=widths, group_size=group_size, token_weights=weights)
     rows = []
     for name, recipe in recipes.items():
         output = work / f"{model.name}-{name}-g{group_size}-{token_weights}"

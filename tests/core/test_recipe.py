@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from elastiq import ElastiqError, Recipe, recipes
-from elastiq.core import Step
+from elastiq.core import Step, TokenWeights
 from elastiq.solvers import GPTQ, BitStack, DecoupleQ, Nested
 from elastiq.splits import OutlierFeatures
+from elastiq.token_weights import AttentionConcentration, BlockOutput, Uniform
 from elastiq.transforms import ActivationAware, RandomHadamard
 from elastiq.tuners import ScaleTuning
 
@@ -38,12 +39,32 @@ def test_round_trip_through_json(name: str) -> None:
             "a tuner sees no shift of an output; leave out the compensator bias",
         ),
         ({"inputs": "random"}, "recipe: inputs='random' is not one of full, quantized"),
-        ({"token_weights": "some"}, "recipe: token_weights='some' is not one of output, uniform"),
+        (
+            {"token_weights": "some"},
+            "token-weights: unknown name 'some'; known: attention-concentration, block-output, uniform",
+        ),
+        (
+            {"token_weights": {"name": "attention-concentration", "least": 0.0}},
+            "attention-concentration: least=0.0 must be above 0 and at most 1",
+        ),
     ],
 )
 def test_bad_data_is_refused(change: dict[str, object], sentence: str) -> None:
     with pytest.raises(ElastiqError, match=sentence.replace("[", r"\[")):
         Recipe.from_dict(recipes.nested().to_dict() | change)
+
+
+@pytest.mark.parametrize(("word", "member"), [("output", BlockOutput()), ("uniform", Uniform())])
+def test_token_weights_of_earlier_recipes_are_read(word: str, member: TokenWeights) -> None:
+    """Checkpoints say "output" where the step is called block-output now."""
+    assert Recipe.from_dict(recipes.nested().to_dict() | {"token_weights": word}).token_weights == member
+
+
+def test_token_weights_are_steps() -> None:
+    assert Recipe.from_dict(recipes.rtn(token_weights=None).to_dict()).token_weights is None
+    assert recipes.awq(token_weights=AttentionConcentration(0.1)).steps[0] == AttentionConcentration(0.1)
+    with pytest.raises(ElastiqError, match=r"token_weights='uniform' are no token weights; .* such as Uniform\(\)"):
+        recipes.nested(token_weights="uniform")  # type: ignore[arg-type]
 
 
 def test_an_unknown_recipe_is_refused() -> None:
@@ -89,7 +110,7 @@ def test_the_words_that_make_a_recipe(name: str) -> None:
     assert known is not None and known[0] == name
     if name != "any-precision":
         assert recipes.words(recipes.get(name, embeddings=True)) == [*known, "--embeddings"]
-    if name == "quarot":
+    if RandomHadamard() in recipes.get(name).transforms:
         with pytest.raises(ElastiqError, match="rotates already"):
             recipes.get(name, rotate=True)
     else:

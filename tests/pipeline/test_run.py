@@ -27,6 +27,7 @@ from elastiq.pipeline.planning import plan
 from elastiq.pipeline.run import quantize
 from elastiq.pipeline.stream import BlockStream
 from elastiq.pipeline.tuning import ANSWER_BYTES
+from elastiq.token_weights import BlockOutput
 from elastiq.tuners import ScaleTuning
 
 quantize_module = sys.modules["elastiq.pipeline.run"]
@@ -83,7 +84,7 @@ def test_same_input_same_bytes(
 
 
 @pytest.mark.parametrize(
-    "options", [{"embeddings": True}, {"inputs": "quantized"}, {"token_weights": "uniform"}, {"symmetric": True}]
+    "options", [{"embeddings": True}, {"inputs": "quantized"}, {"token_weights": None}, {"symmetric": True}]
 )
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
 def test_options(family: str, options: dict[str, object], tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -310,9 +311,10 @@ def test_arithmetic_in_bfloat16_does_not_round_the_weights(
     source = ModelSource(tiny_model(family))
     model = build_skeleton(source, torch.bfloat16)
     layout = discover(model)
-    coarse = BlockStream(model, source, layout, IDS, frozenset({"hessian"}), torch.bfloat16, token_weights="output")
+    needs = frozenset({"hessian"})
+    coarse = BlockStream(model, source, layout, IDS, needs, torch.bfloat16, token_weights=BlockOutput())
     fine_model = build_skeleton(source, torch.float32)
-    fine = BlockStream(fine_model, source, layout, IDS, frozenset({"hessian"}), token_weights="output")
+    fine = BlockStream(fine_model, source, layout, IDS, frozenset({"hessian"}), token_weights=BlockOutput())
     for block in range(len(layout.blocks)):
         weights, expected = coarse.weights(block), fine.weights(block)
         assert all(torch.equal(weights[name], expected[name]) for name in expected)

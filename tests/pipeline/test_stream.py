@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from elastiq.core import ElastiqError, Stats
+from elastiq.core import ElastiqError, Stats, TokenWeights
 from elastiq.embedded import calibration_text
 from elastiq.models import Layout, ModelSource, build_skeleton, discover
 from elastiq.pipeline import stream as stream_module
 from elastiq.pipeline.stream import BlockStream
 from elastiq.text.calibration import calibration_ids
+from elastiq.token_weights import BlockOutput
 
 NEEDS = frozenset({"hessian", "abs_max"})
 TEXT = "".join(f"{number}: the quick brown fox jumps over {number * 7919 % 1000} lazy dogs.\n" for number in range(200))
@@ -145,9 +146,11 @@ def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
         return torch.cat([model(part).logits for part in batches(ids)])
 
 
-@pytest.mark.parametrize("token_weights", ["uniform", "output"])
+@pytest.mark.parametrize("token_weights", [None, BlockOutput()], ids=str)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_streaming_equals_the_whole_model(family: str, token_weights: str, tiny_model: Callable[[str], Path]) -> None:
+def test_streaming_equals_the_whole_model(
+    family: str, token_weights: TokenWeights | None, tiny_model: Callable[[str], Path]
+) -> None:
     stream, layout, model = stream_of(tiny_model(family), token_weights=token_weights)
     expected = whole_model(tiny_model(family))
     weights = expected.state_dict()
@@ -456,7 +459,7 @@ def test_token_weights_are_the_gradients_of_the_blocks_output(family: str, tiny_
     skeleton = build_skeleton(source, torch.float32)
     layout = discover(skeleton)
     ids = torch.randint(1, 250, (2, 24), generator=torch.Generator().manual_seed(3))
-    stream = BlockStream(skeleton, source, layout, ids, frozenset({"hessian"}), token_weights="output")
+    stream = BlockStream(skeleton, source, layout, ids, frozenset({"hessian"}), token_weights=BlockOutput())
     stream.advance(0)
     found = stream.collect(1)
 

@@ -37,7 +37,7 @@ def test_the_page_is_up_to_date() -> None:
 def test_papers_of_a_recipe(tmp_path: Path) -> None:
     found = papers(recipes.nested_tuned())
     assert found["solver"] == ["MatGPTQ, arXiv:2602.03537"]
-    assert found.keys() == {"format", "solver", "tuner"} and "EfficientQAT" in found["tuner"][0]
+    assert found.keys() == {"token-weights", "format", "solver", "tuner"} and "EfficientQAT" in found["tuner"][0]
     assert papers(recipes.rtn())["solver"] == []
 
 

@@ -26,10 +26,12 @@ class Rows:
 class Statistic(ABC):
     """A sum over rows, called what the `needs` of a step call it: `class AbsMax(Statistic, name="abs_max")`.
 
-    gradients: it wants those of the outputs.
+    gradients: it wants those of the outputs. weighted: it measures errors, so that a pass that weighs tokens is made
+    for it; the others are satisfied with whatever pass there is.
     """
 
     gradients: ClassVar[bool] = False
+    weighted: ClassVar[bool] = False
     registry: ClassVar[dict[str, type[Statistic]]] = {}
 
     def __init_subclass__(cls, *, name: str, **kwargs: Any) -> None:

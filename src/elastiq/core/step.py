@@ -95,6 +95,35 @@ class Format(Step, slot="format"):
         """Stored bits per output row and level beside the codes: scales and zero points."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a batch of windows showed of one matrix.
+
+    x: its input [windows, tokens, in], or [rows, in] for an expert. gradient: [..., out], what came back to its output
+    from the block's output times a random direction; None where nothing did, or nobody asked. attention:
+    probabilities [windows, heads, queries, keys] of the block, added over its attention modules; None unless asked for.
+    """
+
+    x: Tensor
+    gradient: Tensor | None = None
+    attention: Tensor | None = None
+
+
+class TokenWeights(Step, slot="token-weights"):
+    """How much each calibration token counts in the statistics of a matrix.
+
+    gradients, attention: whether `weigh` looks at `Seen.gradient` and at `Seen.attention`, which cost a backward pass,
+    and attention that writes its probabilities down.
+    """
+
+    gradients: ClassVar[bool] = False
+    attention: ClassVar[bool] = False
+
+    @abstractmethod
+    def weigh(self, seen: Seen) -> Tensor | None:
+        """Weights [windows, tokens] (of an expert, [rows]), none negative; None counts every token once."""
+
+
 class Transform(Step, slot="transform"):
     """A map of a matrix's input that changes no output of the model, and after which codes do better."""
 

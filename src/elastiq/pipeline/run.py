@@ -137,6 +137,8 @@ def _quantize(
         write_card(output)
         return _summary(output, len(ids), begin, already_finished=True)
     skeleton = build_skeleton(source, dtype or torch.float32)
+    if recipe.token_weights is not None and recipe.token_weights.attention:
+        skeleton.set_attn_implementation("eager")  # the others keep their probabilities to themselves
     layout = discover(skeleton)
     _check_disk(output, plan_of(source, skeleton, layout, recipe, num_samples, seq_len).disk)
     with CheckpointWriter(output, fingerprint, restart) as writer:

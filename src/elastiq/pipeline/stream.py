@@ -19,7 +19,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from .. import statistics  # noqa: F401  (they register themselves)
-from ..core import ElastiqError, Site, Stats
+from ..core import ElastiqError, Site, Statistic, Stats, TokenWeights
 from ..models import Layout, ModelSource, free_module, give_back_memory, load_module, read_parameter
 from .objective import BlockObjective
 from .products import ExpertProducts, Products
@@ -66,7 +66,8 @@ class BlockStream:
     collected, so a resumed run equals an uninterrupted one.
 
     model, source, layout: of build_skeleton, ModelSource and discover. ids: int64 [windows, seq_len]. needs: names
-    of statistics. dtype, device: of the arithmetic. token_weights: as in `Recipe`.
+    of statistics. dtype, device: of the arithmetic. token_weights: as in `Recipe`; a model whose attention they look
+    at must have attention that returns its probabilities ("eager").
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class BlockStream:
         device: torch.device | str = "cpu",
         spill_dir: Path | None = None,
         memory_limit: int = 2**30,
-        token_weights: str = "uniform",
+        token_weights: TokenWeights | None = None,
     ) -> None:
         _check_ids(model, ids)
         self.layout = layout
@@ -88,7 +89,8 @@ class BlockStream:
         self.block = 0
         self._model, self._source, self._ids = model, source, ids
         self._dtype, self._device = dtype, device
-        self._weighted = token_weights == "output" and bool(needs & {"hessian", "diagonal"})
+        self._weights = token_weights if any(Statistic.registry[name].weighted for name in needs) else None
+        self._backward = self._weights is not None and self._weights.gradients
         self._spill_dir, self._memory_limit = spill_dir, memory_limit
         self._blocks = [model.get_submodule(name) for name in layout.blocks]
         self._calls: dict[int, list[_Call]] = {}
@@ -106,15 +108,18 @@ class BlockStream:
     def collect(self, block: int) -> dict[str, Stats]:
         """Site name -> statistics of its input, from one pass over all windows.
 
-        With uniform token weights, sites with one input_id share one Stats object; otherwise every site has its own.
+        Sites with one input_id share one Stats object, unless token weights look at gradients, which every site has its
+        own of.
         The statistics of an expert are of the tokens routed to it.
         """
         self._load(block)
         sites = self.layout.at(block)
-        owner = {site.name: site.name if self._weighted else site.input_id for site in sites}
+        owner = {site.name: site.name if self._backward else site.input_id for site in sites}
         stats = {s.name: Stats.empty(s.shape[1], self.needs, self._device) for s in sites if owner[s.name] == s.name}
-        products = Products(stats, self._weighted)
+        products = Products(stats, self._weights)
         with ExitStack() as hooks:
+            for module in self._blocks[block].modules() if self._weights and self._weights.attention else ():
+                hooks.callback(module.register_forward_hook(products.of_attention).remove)
             for site in sites:
                 if site.role != "expert" and site.name in stats:
                     hook = partial(products.of_module, site.name)
@@ -344,8 +349,8 @@ class BlockStream:
         for start, stop in self._batches():
             call = self._calls[stop - start][self.block]
             # With or without statistics the pass is the same one, to the last bit.
-            with torch.set_grad_enabled(self._weighted):
-                output = call.run(block, self._batch(start, stop).requires_grad_(self._weighted))
+            with torch.set_grad_enabled(self._backward):
+                output = call.run(block, self._batch(start, stop).requires_grad_(self._backward))
                 if products is not None:
                     products.settle(output, generator)
             self._outputs[start:stop] = output.detach()

@@ -32,6 +32,7 @@ from .nf4 import nf4
 from .nv import nv
 from .pb_llm import pb_llm
 from .quarot import quarot
+from .rsq import rsq
 from .rtn import rtn
 from .smoothquant import smoothquant
 from .spqr import spqr
@@ -58,6 +59,7 @@ _RECIPES: tuple[Callable[..., Recipe], ...] = (
     nv,
     pb_llm,
     quarot,
+    rsq,
     smoothquant,
     spqr,
 )
@@ -183,6 +185,7 @@ __all__ = [
     "pb_llm",
     "quarot",
     "read",
+    "rsq",
     "rtn",
     "smoothquant",
     "spqr",

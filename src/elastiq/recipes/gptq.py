@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core import Recipe
+from ..core import Recipe, TokenWeights
 from ..formats import Integer
 from ..solvers import GPTQ
+from ..token_weights import BLOCK_OUTPUT
 
 
 def gptq(
@@ -17,7 +18,7 @@ def gptq(
     scales: str = "half",
     embeddings: bool = False,
     inputs: str = "full",
-    token_weights: str = "output",
+    token_weights: TokenWeights | None = BLOCK_OUTPUT,
     **solver: Any,
 ) -> Recipe:
     """GPTQ at the top level; lower levels read its top bits on refitted scales.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..compensators import LowRankError
-from ..core import Recipe
+from ..core import Recipe, TokenWeights
 from ..formats import Integer
 from ..solvers import GPTQ
+from ..token_weights import BLOCK_OUTPUT
 
 
 def lorc(
@@ -16,6 +17,7 @@ def lorc(
     rank: int = 8,
     *,
     symmetric: bool = False,
+    token_weights: TokenWeights | None = BLOCK_OUTPUT,
     **recipe: Any,
 ) -> Recipe:
     """GPTQ, and the error of every level to a low rank in 16 bits.
@@ -23,5 +25,9 @@ def lorc(
     recipe: as in `Recipe`.
     """
     return Recipe(
-        Integer(tuple(levels), group_size, symmetric), GPTQ(), compensators=(LowRankError(rank),), **recipe
+        Integer(tuple(levels), group_size, symmetric),
+        GPTQ(),
+        compensators=(LowRankError(rank),),
+        token_weights=token_weights,
+        **recipe,
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core import Recipe
+from ..core import Recipe, TokenWeights
 from ..formats import Integer
 from ..solvers import Nested
+from ..token_weights import BLOCK_OUTPUT
 
 
 def nested(
@@ -17,7 +18,7 @@ def nested(
     scales: str = "half",
     embeddings: bool = False,
     inputs: str = "full",
-    token_weights: str = "output",
+    token_weights: TokenWeights | None = BLOCK_OUTPUT,
     **solver: Any,
 ) -> Recipe:
     """Our nested solver: one code per weight, chosen for every level together.

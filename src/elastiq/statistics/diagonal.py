@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from ..core.stats import Rows, Statistic
@@ -9,6 +11,8 @@ from ..core.stats import Rows, Statistic
 
 class HessianDiagonal(Statistic, name="diagonal"):
     """[in] weighted sum of x²."""
+
+    weighted: ClassVar[bool] = True
 
     @staticmethod
     def add(total: Tensor, rows: Rows) -> Tensor:

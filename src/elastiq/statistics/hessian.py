@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ PANEL = 512
 
 class Hessian(Statistic, name="hessian"):
     """[in, in] weighted sum of x xᵀ, no factor 2."""
+
+    weighted: ClassVar[bool] = True
 
     @staticmethod
     def empty(in_features: int, device: torch.device | str) -> Tensor:
