@@ -10,7 +10,7 @@ from contracts.data import SHAPES, output_error, weight_and_stats
 
 from elastiq.core import ElastiqError, Format, QuantizedWeight, Solver, Stats, Step, step_from_dict
 from elastiq.formats import BlockScaled, Codebook, Integer, Minifloat, NormalFloat
-from elastiq.solvers import GPTQ, BitStack, DecoupleQ, Nested, RoundToNearest
+from elastiq.solvers import GPTQ, HQQ, BitStack, DecoupleQ, Nested, RoundToNearest
 
 CASES: list[Solver] = [
     RoundToNearest(),
@@ -20,15 +20,17 @@ CASES: list[Solver] = [
     Nested(),
     Nested(refits=0, passes=0),
     DecoupleQ(),
+    HQQ(),
+    HQQ(p=1.0, rounds=3),
     BitStack(rank=4),
 ]
 FORMATS = [Integer(group_size=32), Integer((4,), -1), Integer((2, 4), 64, symmetric=True)]
 BLOCKS = Integer(tuple(range(1, 9)), -1)
 TABLES = [Minifloat("e2m1", 32), BlockScaled("e2m1"), NormalFloat(), Codebook((2, 3, 4))]
 PAIRS = [
-    (solver, format) for solver in CASES for format in ([BLOCKS] if isinstance(solver, BitStack) else FORMATS)
+    (solver, format) for solver in CASES for format in ([BLOCKS] if solver.terms_by_level else FORMATS)
 ]
-BY_ROWS = [solver for solver in CASES if not isinstance(solver, BitStack)]  # whose factors span all rows
+BY_ROWS = [solver for solver in CASES if solver.by_rows]
 
 
 def test_every_registered_solver_has_a_case() -> None:
@@ -53,7 +55,7 @@ def test_contract(solver: Solver, format: Integer, shape: tuple[int, int]) -> No
         assert torch.equal(quantized.dequantize(level), again.dequantize(level)), "same input, same codes"
     top = replace(format, levels=format.levels[-1:])
     rounding = output_error(weight, solve(RoundToNearest(), top, weight, stats).dequantize(top.levels[0]), stats)
-    if not isinstance(solver, (Nested, BitStack)):  # the top level also pays for the others; blocks are no codes
+    if solver.serves_top_alone and solver.minimises == Solver.minimises:
         assert errors[-1] <= rounding * 1.001, "not worse than rounding to nearest"
 
 
@@ -111,6 +113,7 @@ def test_formats_that_are_not_integers(solver: Solver, format: Format) -> None:
     [
         (Nested(), NormalFloat(), "nested: it chooses integer codes, not those of normal-float; use rtn or gptq"),
         (DecoupleQ(), NormalFloat(), "decoupleq: it solves for integer codes, not those of normal-float"),
+        (HQQ(), NormalFloat(), "hqq: it solves for integer codes, not those of normal-float"),
         (BitStack(), Integer((2, 4)), r"bitstack: levels=\(2, 4\) must be 1 to n, one per block"),
     ],
 )

@@ -154,3 +154,24 @@ def sign_stack(weight: Array, scale: Array, rank: int, blocks: int) -> list[Arra
         rest, total = rest - block, total + block / scale
         found.append(total.copy())
     return found
+
+
+def hqq(
+    group: Array, bits: int, p: float = 0.7, beta: float = 10.0, kappa: float = 1.01, rounds: int = 20
+) -> tuple[float, float]:
+    """Scale and zero point of one group by half-quadratic splitting, one weight at a time; the best round's."""
+    top = 2**bits - 1
+    scale = float(half((group.max() - group.min()) / top))
+    zero = float(half(-group.min() / scale))
+    best = (np.inf, zero)
+    for _ in range(rounds + 1):
+        codes = [min(max(np.rint(w / scale + zero), 0), top) for w in group]
+        errors = [w - scale * (code - zero) for w, code in zip(group, codes, strict=True)]
+        loss = sum(abs(error) ** p for error in errors)
+        if loss < best[0]:
+            best = (loss, zero)
+        sparse = [np.sign(e) * max(abs(e) - max(abs(e), 1e-12) ** (p - 1) / beta, 0.0) for e in errors]
+        means = [code - (w - s) / scale for code, w, s in zip(codes, group, sparse, strict=True)]
+        zero = float(half(sum(means) / len(means)))
+        beta *= kappa
+    return scale, best[1]

@@ -10,11 +10,11 @@ import torch
 from contracts.data import output_error, weight_and_stats
 from naive import solvers as naive
 
-from elastiq.core import Codes, ElastiqError, Format, Solver, Stats
+from elastiq.core import Codes, ElastiqError, Format, Grid, Solver, Stats
 from elastiq.formats import Integer, Minifloat, NormalFloat
 from elastiq.linalg import streams
 from elastiq.linalg.cholesky import damped
-from elastiq.solvers import GPTQ, BitStack, DecoupleQ, Nested, RoundToNearest
+from elastiq.solvers import GPTQ, HQQ, BitStack, DecoupleQ, Nested, RoundToNearest
 from elastiq.solvers.decoupleq import least_squares
 
 
@@ -221,3 +221,34 @@ def test_more_rounds_of_decoupleq_are_not_worse() -> None:
     ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < output_error(weight, codes_of(RoundToNearest(), format, weight, stats).dense(2), stats) / 2
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_hqq_equals_its_naive_twin(bits: int) -> None:
+    weight, stats = weight_and_stats(12, 80)  # the last group has 16 columns
+    term = codes_of(HQQ(), Integer((bits,), 32), weight, stats)
+    assert isinstance(term.grid, Grid)
+    for row in range(12):
+        for index, first in enumerate(range(0, 80, 32)):
+            group = weight[row, first : first + 32].double().numpy()
+            scale, zero = naive.hqq(group, bits)
+            assert float(term.grid.scale[0, row, index]) == pytest.approx(scale, rel=1e-3)
+            values = term.dense(bits)[row, first : first + 32].double().numpy()
+            codes = np.clip(np.rint(group / scale + zero), 0, 2**bits - 1)
+            ours, theirs = ((np.abs(group - v) ** 0.7).sum() for v in (values, scale * (codes - zero)))
+            assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def test_hqq_minimises_what_it_says() -> None:
+    """The sum of |error|^p falls below that of the range's own zero point, most at few bits; squares may rise."""
+    weight, stats = weight_and_stats(64, 256)
+    for bits, gain in ((2, 0.97), (4, 1.0)):
+        losses = []
+        for rounds in (1, 20):
+            term = codes_of(HQQ(rounds=rounds), Integer((bits,), 64), weight, stats)
+            losses.append(float((weight - term.dense(bits)).abs().pow(0.7).sum()))
+        low, high = weight.unflatten(1, (-1, 64)).aminmax(dim=-1, keepdim=True)
+        scale = (high - low) / (2**bits - 1)
+        plain = ((weight.unflatten(1, (-1, 64)) - low) / scale).round() * scale + low
+        start = float((weight - plain.flatten(1)).abs().pow(0.7).sum())
+        assert losses[1] <= losses[0] <= start * 1.001 and losses[1] < gain * start

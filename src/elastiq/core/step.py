@@ -151,7 +151,17 @@ class Compensator(Step, slot="compensator"):
 
 
 class Solver(Step, slot="solver"):
-    """Which code every weight gets."""
+    """Which code every weight gets.
+
+    by_rows: rows of a matrix are solved apart, so that their order and company change nothing. serves_top_alone: the
+    codes are the best for the widest level, and narrower ones read what they find. minimises: the measure in which the
+    result is no worse than rounding to nearest. terms_by_level: a level reads more terms, and no wider codes.
+    """
+
+    by_rows: ClassVar[bool] = True
+    serves_top_alone: ClassVar[bool] = True
+    minimises: ClassVar[str] = "the output's error"
+    terms_by_level: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, weight: Tensor, format: Format, stats: Stats) -> tuple[Term, ...]:

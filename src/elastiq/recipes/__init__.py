@@ -21,6 +21,7 @@ from .decoupleq import decoupleq
 from .fp8 import fp8
 from .gptq import gptq
 from .gsq import gsq
+from .hqq import hqq
 from .llm_int8 import llm_int8
 from .lorc import lorc
 from .matquant import matquant
@@ -51,6 +52,7 @@ _RECIPES: tuple[Callable[..., Recipe], ...] = (
     decoupleq,
     fp8,
     gsq,
+    hqq,
     llm_int8,
     lorc,
     matquant,
@@ -172,6 +174,7 @@ __all__ = [
     "get",
     "gptq",
     "gsq",
+    "hqq",
     "llm_int8",
     "lorc",
     "matquant",

@@ -24,6 +24,9 @@ class BitStack(Solver, name="bitstack"):
 
     rank: int = 16
 
+    by_rows: ClassVar[bool] = False
+    serves_top_alone: ClassVar[bool] = False
+    terms_by_level: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"diagonal"})
 
     def __post_init__(self) -> None:

@@ -41,6 +41,7 @@ class Nested(Solver, name="nested"):
     beam: int = 5
     block_size: int = 128
 
+    serves_top_alone: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     def __post_init__(self) -> None:
