@@ -42,7 +42,7 @@ def check(source: Path, output: Path, recipe: Recipe) -> None:
             plain.get_parameter(name).data.copy_(parameter)
         for name, matrix in nested_matrices(model).items():
             role, dense = matrix.stored.role, matrix.dense()
-            terms = [] if role == "expert" else matrix.restored()[1]
+            terms = [] if role == "expert" else matrix.restored()[2]
             weight = plain.get_parameter(name if role == "expert" else f"{name}.weight")
             weight.data.copy_(dense.T if role == "conv1d" else dense)
             shifts = [shift for term in terms if (shift := term.shift(level)) is not None]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import ArraySpec, ElastiqError, Recipe
+from ..core import ArraySpec, ElastiqError, Recipe, held
 from ..runtime.stored import StoredMatrix
 from .files import json_bytes, range_chunks, sync_directory, write_durably
 from .manifest import Manifest
@@ -29,8 +29,6 @@ from .names import (
 from .tensors import num_bytes, read_header, tensor_bytes, write_tensors
 from .units import Unit, unit_beside
 
-HALF_LIMIT = 65504.0
-
 
 def assemble(
     result: Path,
@@ -49,7 +47,7 @@ def assemble(
     digests: dict[str, dict[str, Any]] = {}
     sources = [*(unit.path for unit in units), *tuned]
     beside = {name: values for unit in units for name, values in unit_beside(unit).items()}
-    changed = ((name, beside[name].to(tensor.dtype) if name in beside else tensor) for name, tensor in base)
+    changed = ((name, held(beside[name], tensor.dtype) if name in beside else tensor) for name, tensor in base)
     base_specs, digests[BASE] = write_base(result, changed, manifest)
     for plane in range(1, manifest.planes + 1):
         digests[plane_file(plane)] = _write_plane(result / plane_file(plane), plane, manifest, sources)
@@ -94,7 +92,8 @@ def write_base(
         for name, tensor in base:
             if not is_array_name(name) or name in specs or name in taken:
                 raise ElastiqError(f"{name}: given twice for base.safetensors, quantized as well, or not a plain name")
-            stored = to_16_bits(tensor)
+            wide = tensor.is_floating_point() and tensor.element_size() > 2
+            stored = held(tensor, torch.float16) if wide else tensor
             specs[name], starts[name] = (stored.dtype, tuple(stored.shape)), file.tell()
             file.write(tensor_bytes(stored))
 
@@ -104,14 +103,6 @@ def write_base(
     written = write_tensors(result / BASE, specs, payload)
     spool.unlink()
     return specs, written
-
-
-def to_16_bits(tensor: Tensor) -> Tensor:
-    """Floats wider than 16 bits as float16 where they fit, else as bfloat16; everything else unchanged."""
-    if not tensor.is_floating_point() or tensor.element_size() <= 2:
-        return tensor
-    fits = not tensor.numel() or float(tensor.abs().max()) <= HALF_LIMIT
-    return tensor.to(torch.float16 if fits else torch.bfloat16)
 
 
 def _manifest(units: list[Unit], recipe: Recipe) -> Manifest:

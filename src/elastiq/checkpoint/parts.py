@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import parts as _kinds  # noqa: F401  (they register themselves)
-from ..core import MAX_BITS, Codes, ElastiqError, Fold, Part, QuantizedWeight, SideTerm, Site, Term
+from ..core import MAX_BITS, Codes, ElastiqError, Fold, Part, QuantizedWeight, RowPowers, SideTerm, Site, Term
 from ..runtime.stored import StoredArray, StoredPart
 from .tensors import dtype_code, dtype_of
 
@@ -21,7 +21,7 @@ _MAX_FACTS = 2**12
 
 
 def stored_parts(sites: Sequence[Site], weights: Mapping[Site, QuantizedWeight]) -> Iterator[tuple[StoredPart, Part]]:
-    """Every fold and side term of the matrices of one array, as it is described and as it is."""
+    """Powers of rows, folds and side terms of the matrices of one array, as they are described and as they are."""
     for site in sites:
         weight, expert = weights[site], site.expert
         outer = "" if expert is None else f"expert_{expert}_"
@@ -29,7 +29,8 @@ def stored_parts(sites: Sequence[Site], weights: Mapping[Site, QuantizedWeight])
         side: list[Part] = [term for term in weight.terms if isinstance(term, SideTerm)]
         if not coded:  # what stands in the place of codes has their names
             yield _stored(side.pop(0), outer, expert)
-        for number, part in enumerate([*weight.folds, *side]):
+        powers = [] if weight.powers is None else [weight.powers]
+        for number, part in enumerate([*powers, *weight.folds, *side]):
             yield _stored(part, f"{outer}side_{number}_", expert)
 
 
@@ -45,7 +46,9 @@ def restored(parts: Sequence[StoredPart], arrays: Mapping[str, Tensor], codes: C
     """A matrix from its codes, if it has any, and the parts described."""
     found = [part.restore(arrays) for part in parts]
     side: tuple[Term, ...] = tuple(part for part in found if isinstance(part, SideTerm))
-    return QuantizedWeight(side if codes is None else (codes, *side), tuple(p for p in found if isinstance(p, Fold)))
+    folds = tuple(part for part in found if isinstance(part, Fold))
+    powers = next((part for part in found if isinstance(part, RowPowers)), None)
+    return QuantizedWeight(side if codes is None else (codes, *side), folds, powers)
 
 
 def to_rows(parts: Sequence[StoredPart]) -> list[dict[str, Any]]:

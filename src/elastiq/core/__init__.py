@@ -14,8 +14,10 @@ from .allocation import (
 from .error import ElastiqError
 from .fold import Fold, fold_in, fold_out
 from .grid import MAX_BITS, CodeGrid, Codes, Grid, derive
+from .half import held, require_held
 from .level_map import LevelMap, Width, widest, width_counts
 from .part import Kept, Part, is_read
+from .powers import LEAST, RowPowers, common_power
 from .recipe import Recipe
 from .scales import MIN_SCALE, ArraySpec, decode_level, encode_level, level_specs, rounded, storage, to_half
 from .site import Site
@@ -39,6 +41,7 @@ from .term import QuantizedWeight, SideTerm, Term
 
 __all__ = [
     "EVIDENCE",
+    "LEAST",
     "MAX_BITS",
     "MIN_SCALE",
     "Allocator",
@@ -61,6 +64,7 @@ __all__ = [
     "Problem",
     "QuantizedWeight",
     "Recipe",
+    "RowPowers",
     "Rows",
     "Seen",
     "Sensitivity",
@@ -78,14 +82,17 @@ __all__ = [
     "Tuned",
     "Tuner",
     "Width",
+    "common_power",
     "decode_level",
     "derive",
     "encode_level",
     "fold_in",
     "fold_out",
+    "held",
     "is_read",
     "level_specs",
     "non_increasing",
+    "require_held",
     "rounded",
     "step_from_dict",
     "storage",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from pydantic import TypeAdapter, ValidationError
 
 from .error import ElastiqError
+from .powers import LEAST
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +86,11 @@ class Format(Step, slot="format"):
     """Which numbers a code may stand for."""
 
     levels: tuple[int, ...]
+
+    @property
+    def least(self) -> float:
+        """The smallest of the largest weights of rows for which its stored scales are precise."""
+        return LEAST
 
     @abstractmethod
     def fit(self, weight: Tensor, stats: Stats) -> CodeGrid:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.nn import functional as F
 
-from .fold import Fold, fold_out
+from .fold import Fold, fold_in, fold_out
 from .part import Part
+from .powers import RowPowers
 
 
 class Term(ABC):
@@ -44,10 +45,12 @@ class SideTerm(Term, Part):
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix as the sum of its terms, most important first, behind the folds of its input, the first one first."""
+    """A matrix as the sum of its terms, most important first, behind the folds of its input, the first one first, all
+    of it times the powers of two of its rows, if it has any."""
 
     terms: tuple[Term, ...]
     folds: tuple[Fold, ...] = ()
+    powers: RowPowers | None = None
 
     def dequantize(self, level: int) -> Tensor:
         """[out, in] float32 at `level` bits."""
@@ -57,7 +60,13 @@ class QuantizedWeight:
         """[out, in] at `level` bits, `values` [out, in] in the place of the first term's."""
         for term in self.terms[1:]:
             values = values + term.dense(level)
-        return fold_out(self.folds, values)
+        values = fold_out(self.folds, values)
+        return values if self.powers is None else self.powers.out_of(values)
+
+    def inside(self, weight: Tensor) -> Tensor:
+        """What the terms have to add up to where the whole is to be `weight` [out, in]."""
+        weight = fold_in(self.folds, weight)
+        return weight if self.powers is None else self.powers.into(weight)
 
     def with_first(self, term: Term) -> QuantizedWeight:
         """The same with another first term."""
@@ -67,7 +76,11 @@ class QuantizedWeight:
         """[out] added to the output whatever the input is, None for nothing."""
         shifts = [term.shift(level) for term in self.terms if isinstance(term, SideTerm)]
         found = [shift for shift in shifts if shift is not None]
-        return sum(found[1:], found[0]) if found else None
+        if not found:
+            return None
+        whole = sum(found[1:], found[0])
+        return whole if self.powers is None else whole * self.powers.factor
 
     def num_bits(self, level: int) -> int:
-        return sum(term.num_bits(level) for term in self.terms) + sum(fold.num_bits(level) for fold in self.folds)
+        parts = (*self.terms, *self.folds, *(() if self.powers is None else (self.powers,)))
+        return sum(part.num_bits(level) for part in parts)

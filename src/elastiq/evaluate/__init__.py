@@ -6,11 +6,12 @@ from .card import made_by, write_card
 from .evaluation import evaluate, load_full
 from .kinds import kind, short_kinds
 from .record import read_evaluations, read_tasks, write_json
-from .table import level_error, mean_error
+from .table import doubts, level_error, mean_error
 from .tasks import evaluate_tasks
 
 __all__ = [
     "checkpoint_files",
+    "doubts",
     "evaluate",
     "evaluate_tasks",
     "full_bytes",

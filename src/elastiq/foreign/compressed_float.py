@@ -107,11 +107,12 @@ KINDS = (
 def float_kind(stored: StoredMatrix) -> FloatKind:
     """The format that holds a matrix of table codes without change. Raises ElastiqError, naming what it consists of and
     what could be held, if there is none."""
-    kinds = ", ".join(sorted({part.kind for part in stored.parts}))
-    if len(stored.parts) == 1 and kinds == TableCodes.kind:
-        facts = stored.parts[0].facts
+    kinds = ", ".join(sorted({part.kind for part in stored.inner_parts}))
+    if len(stored.inner_parts) == 1 and kinds == TableCodes.kind:
+        table = stored.inner_parts[0]
+        facts = table.facts
         number, store, size = facts["names"][-1] or "tables of its own", facts["store"], stored.group_size
-        shifted = any(name.startswith("shift") for name in stored.parts[0].arrays)
+        shifted = any(name.startswith("shift") for name in table.arrays)
         for kind in KINDS:
             if kind.number == number and store in kind.stores and kind.group_size in (None, size) and not shifted:
                 return kind

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..core import ArraySpec, ElastiqError
 from ..runtime.stored import StoredMatrix
-from .target import Exported, ExportedMatrix, Target, directory_arrays, relative_error, write_directory
+from .target import Exported, ExportedMatrix, Target, directory_arrays, held_dtype, relative_error, write_directory
 from .view import View
 
 
@@ -31,7 +31,7 @@ class HuggingFace(Target, name="hf"):
         dtype = _dtype(view)
         weights = {_parameter(stored): stored for stored in view.matrices.values()}
         specs: dict[str, ArraySpec] = dict(view.reader.base_specs)
-        specs |= {name: (dtype, _shape(stored)) for name, stored in weights.items()}
+        specs |= {name: (held_dtype(view, stored, dtype), _shape(stored)) for name, stored in weights.items()}
         base = dict(view.base())
         rows: list[ExportedMatrix] = []
 
@@ -41,6 +41,7 @@ class HuggingFace(Target, name="hf"):
                 return
             stored = weights[name]
             values = view.dense(stored.name)
+            dtype = specs[name][0]
             held = values.to(dtype)
             width = view.widths[stored.name]
             error = relative_error(values, held.float())

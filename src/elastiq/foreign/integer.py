@@ -16,7 +16,17 @@ from transformers import PreTrainedModel
 
 from ..core import ArraySpec, ElastiqError
 from ..runtime.stored import StoredMatrix
-from .target import Exported, ExportedMatrix, Target, dense_model, directory_arrays, relative_error, write_directory
+from .target import (
+    Exported,
+    ExportedMatrix,
+    Target,
+    dense_model,
+    directory_arrays,
+    held_dtype,
+    relative_error,
+    require_rows_held,
+    write_directory,
+)
 from .view import GridCodes, View
 
 _SCALES = torch.linspace(0.75, 1.2, 46).tolist()
@@ -60,7 +70,8 @@ def refit(source: GridCodes, bits: int, symmetric: bool, lowest_zero: int = 0) -
             scale = (start * factor).clamp(smallest, 65504.0)
             codes = ((x / scale.unsqueeze(-1)).round() + zero.unsqueeze(-1)).clamp(0, top) - zero.unsqueeze(-1)
             energy = codes.square().sum(-1)
-            scale = torch.where(energy > 0, (codes * x).sum(-1) / energy, scale).half().float().clamp(smallest)
+            scale = torch.where(energy > 0, (codes * x).sum(-1) / energy, scale)
+            scale = scale.clamp(smallest, 65504.0).half().float()
             codes = ((x / scale.unsqueeze(-1)).round() + zero.unsqueeze(-1)).clamp(0, top) - zero.unsqueeze(-1)
             error = (codes * scale.unsqueeze(-1) - x).square().sum(-1)
             better = error < best
@@ -127,7 +138,7 @@ class IntegerTarget(Target):
         owner: dict[str, str] = {}
         for name, stored in view.matrices.items():
             if name not in packed:
-                specs[f"{name}.weight"] = (torch.float16, stored.shape)
+                specs[f"{name}.weight"] = (held_dtype(view, stored, torch.float16), stored.shape)
                 continue
             arrays = self.arrays(stored, packed[name])
             specs |= {f"{name}.{short}": spec for short, spec in arrays.items()}
@@ -146,7 +157,7 @@ class IntegerTarget(Target):
                     made.update({f"{name}.{short}": array for short, array in arrays.items()})
                 yield made.pop(full) if known is None else known
             else:
-                yield view.dense(full.removesuffix(".weight")).half()
+                yield view.dense(full.removesuffix(".weight")).to(specs[full][0])
 
         settings = self.settings(view, packed)
         done = write_directory(view, path, specs, payload, {**view.config, "quantization_config": settings})
@@ -175,6 +186,7 @@ class IntegerTarget(Target):
         source = view.codes(name, view.source_bits(name) if symmetric else bits)
         packed = refit(source, bits, symmetric, self.lowest_zero)
         error = relative_error(source.dense(), packed.dense())
+        require_rows_held(self.name, view.matrices[name], bits, error)
         if self.exact and error:
             raise ElastiqError(
                 f"{self.name}: {name} at {bits} bits has zero points that are not whole (rounding them adds an error "

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..checkpoint.files import disk_errors, json_bytes, range_chunks, sync_directory, sync_tree, write_durably
 from ..checkpoint.names import CONFIG, travels_along
 from ..checkpoint.tensors import read_header, tensor_bytes, write_tensors
-from ..core import ArraySpec, ElastiqError
+from ..core import ArraySpec, ElastiqError, held
+from ..runtime.stored import StoredMatrix
 from .view import View
 
 
@@ -110,6 +111,21 @@ def relative_error(wanted: Tensor, held: Tensor) -> float:
     """Squared error of `held` relative to the squares of `wanted`."""
     energy = float(wanted.square().sum())
     return float((held - wanted).square().sum()) / energy if energy else 0.0
+
+
+def require_rows_held(target: str, stored: StoredMatrix, bits: int, error: float) -> None:
+    """Raise ElastiqError where the scales of a target lose what the powers of two of a matrix's rows say: `error`, what
+    it adds relative to the matrix, is then beyond what rounding to `bits` does."""
+    if len(stored.parts) > len(stored.inner_parts) and not error <= 16 * 4.0**-bits:
+        raise ElastiqError(
+            f"{target}: {stored.name} has rows too small or too large for half-precision scales (an error of "
+            f"{error:.2g}); export to hf"
+        )
+
+
+def held_dtype(view: View, stored: StoredMatrix, dtype: torch.dtype) -> torch.dtype:
+    """Of the matrix in 16 bits: `dtype`, or bfloat16 where that is float16 and cannot hold it."""
+    return held(view.dense(stored.name), dtype).dtype if stored.parts and dtype == torch.float16 else dtype
 
 
 def write_aside(output: Path, is_file: bool, write: Callable[[Path], None]) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.reader import CheckpointReader
-from ..core import ElastiqError, Width, derive
+from ..core import ElastiqError, RowPowers, Width, derive
 from ..linalg import unpack_planes
 from ..parts import TableCodes
 from ..runtime.nested import NestedMatrix
@@ -75,9 +75,10 @@ class View:
         return {key: value for key, value in self.reader.config.items() if key != "quantization_config"}
 
     def codes(self, name: str, bits: int | None = None) -> GridCodes:
-        """One matrix at its width, or at `bits`. Raises ElastiqError unless it is nested integer codes and no more."""
-        if not self.matrices[name].coded or self.matrices[name].parts:
-            kinds = ", ".join(sorted({part.kind for part in self.matrices[name].parts}))
+        """One matrix at its width, or at `bits`; powers of two of its rows are multiplied into the scales. Raises
+        ElastiqError unless it is nested integer codes and no more."""
+        if not self.matrices[name].coded or self.matrices[name].inner_parts:
+            kinds = ", ".join(sorted({part.kind for part in self.matrices[name].inner_parts}))
             raise ElastiqError(f"{name}: consists of more than integer codes ({kinds}); export to hf")
         stored, bits = self.matrices[name], bits or self.widths[name]
         arrays = self.reader.read(name, bits)
@@ -89,11 +90,14 @@ class View:
         zero = torch.full_like(scale, middle) if stored.symmetric else read[f"zero_point_{own}"].float()
         if own != bits:
             scale, zero = derive(scale, zero, own, bits)
+        for part in stored.parts:
+            at = slice(None) if part.expert is None else part.expert
+            scale[at] *= cast(RowPowers, part.restore(arrays)).factor[:, None]
         return GridCodes(codes.contiguous(), scale, zero, stored.group_size, bits)
 
     def dense(self, name: str) -> Tensor:
         """Values float32 [..., out, in] of one matrix at its width, whatever it consists of."""
-        if self.matrices[name].coded and not self.matrices[name].parts:
+        if self.matrices[name].coded and not self.matrices[name].inner_parts:
             return self.codes(name).dense()
         module = NestedMatrix(self.matrices[name], torch.float32)
         for plane in range(1, self.widths[name] + 1):
@@ -103,12 +107,20 @@ class View:
         return module.dense()
 
     def table(self, name: str) -> TableCodes:
-        """The codes of a matrix that consists of nothing but codes on a table. Raises ElastiqError for any other."""
+        """The codes of a matrix that consists of nothing but codes on a table, its rows' powers of two multiplied into
+        the scales. Raises ElastiqError for any other, and where the scales cannot hold them."""
         stored = self.matrices[name]
-        if not stored.coded and len(stored.parts) == 1:
-            part = stored.parts[0].restore(self.reader.read(name, self.widths[name]))
-            if isinstance(part, TableCodes):
-                return part
+        if not stored.coded and len(stored.inner_parts) == 1:
+            found = stored.restore(self.reader.read(name, self.widths[name]))
+            term = next((part for part in found if isinstance(part, TableCodes)), None)
+            powers = next((part for part in found if isinstance(part, RowPowers)), None)
+            if term is not None and powers is None:
+                return term
+            if term is not None and powers is not None:
+                grid = term.grid.times(powers.factor)
+                if grid is None:
+                    raise ElastiqError(f"{name}: {term.grid.store} scales cannot hold its rows' sizes; export to hf")
+                return replace(term, grid=grid)
         raise ElastiqError(f"{name}: consists of more than codes on a table; export to hf")
 
     def source_bits(self, name: str) -> int:

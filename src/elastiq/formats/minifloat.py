@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..core import MIN_SCALE, ElastiqError, Format, Stats, storage
-from ..parts import TableGrid, bits_of
+from ..core import LEAST, MIN_SCALE, ElastiqError, Format, Stats, storage
+from ..parts import TableGrid, bits_of, values
 from ..parts.fitting import fit_scales, group_columns
 
 
@@ -37,6 +37,10 @@ class Minifloat(Format, name="minifloat"):
     @property
     def levels(self) -> tuple[int, ...]:  # type: ignore[override]
         return (bits_of(self.number),)
+
+    @property
+    def least(self) -> float:
+        return LEAST * max(float(values(self.number).max()) / 448, 1.0)  # E5M2's scales are 128 times as small
 
     def overhead(self, in_features: int) -> int:
         return storage(self.scales).row_bits(-(-in_features // group_columns(self.group_size, in_features)))

@@ -20,7 +20,7 @@ from ..checkpoint import CheckpointReader
 from ..checkpoint.files import read_json
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.names import BASE, CONFIG
-from ..core import ElastiqError, LevelMap, Width, widest
+from ..core import ElastiqError, LevelMap, Width, require_held, widest
 from ..runtime import (
     MixedMatrix,
     NestedMatrix,
@@ -326,6 +326,7 @@ def _assign(model: PreTrainedModel, names: list[str], tensor: Tensor, reader: Ch
             f"{reader.path}: {names[0]} is {list(tensor.shape)} in base.safetensors, config.json says "
             f"{list(old.shape)}; the files do not belong together"
         )
+    require_held(tensor, old.dtype, f"{reader.path}: {names[0]}")
     value = tensor.to(old.dtype)
     if isinstance(old, nn.Parameter):
         value = nn.Parameter(value, requires_grad=False)

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from ..core import ElastiqError
+from ..core import ElastiqError, require_held
 from .source import ModelSource, TensorReader
 
 
 @dataclass
 class _Group:
-    """Checkpoint tensors that are converted together, and the converter if more than the name differs."""
+    """Checkpoint tensors that are require_held together, and the converter if more than the name differs."""
 
     first: str
     converter: WeightConverter | None
@@ -58,7 +58,7 @@ class WeightMap:
         return name in self._owner
 
     def read(self, names: Iterable[str], dtype: torch.dtype, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-        """(name, new tensor on the CPU) of `names` and of what is converted together with them.
+        """(name, new tensor on the CPU) of `names` and of what is require_held together with them.
 
         Floating-point tensors come in `dtype`, save those that the model keeps in a precision of its own. Raises
         ElastiqError for a tensor that is missing, unreadable or not finite.
@@ -100,6 +100,7 @@ class WeightMap:
                 f"{self.source.path}: the tensor {name} holds NaN or infinite weights; "
                 "a damaged model cannot be quantized, download it again"
             )
+        require_held(stored, dtype, f"{self.source.path}: the tensor {name}")
         return stored.to(dtype, copy=True)
 
     def same_values(self, first: str, second: str, model: PreTrainedModel) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -100,6 +100,23 @@ class TableGrid(CodeGrid):
             for level, arrays in found.items()
         }
 
+    def times(self, factor: Tensor) -> TableGrid | None:
+        """The grid of rows `factor` [out] times as large, half-precision scales as float32; None where scales of its
+        storage do not hold that, or numbers stand beside them."""
+        store = "float" if self.store == "half" else self.store
+        found = {level: storage(store).encode(self._decoded["scale", level] * factor[:, None]) for level in self.scales}
+        grid = replace(self, store=store, scales=found)
+        same = all(
+            torch.equal(grid._decoded["scale", level], self._decoded["scale", level] * factor[:, None])
+            for level in self.scales
+        )
+        return grid if same and self.scales and not self.shifts else None
+
+    def check(self) -> None:
+        """Raise ValueError where a scale is none."""
+        if not all(bool(torch.isfinite(array).all()) for array in self._decoded.values()):
+            raise ValueError("a scale is not finite")
+
     def _columns(self, level: int, first: int, width: int) -> tuple[Tensor, Tensor]:
         """Scale and shift of every weight of these columns, or one number for all."""
         group = torch.arange(first, first + width, device=self._device) // self.group_size
@@ -170,4 +187,5 @@ class TableCodes(SideTerm, kind="table"):
         tables = {level: arrays[f"table_{level}"] for level in levels if f"table_{level}" in arrays}
         size, names, store = facts["group_size"], tuple(facts["names"]), facts["store"]
         grid = TableGrid(levels, size, (rows, width), names, store, tables, found["scale"], found["shift"])
+        grid.check()
         return cls(codes, grid, held)

@@ -22,8 +22,23 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointReader, CheckpointWriter, is_finished
 from ..checkpoint.sizes import level_sizes
-from ..core import Codes, ElastiqError, Fold, Format, QuantizedWeight, Recipe, SideTerm, Site, Stats, Term, Tuner
-from ..evaluate import mean_error, write_card
+from ..core import (
+    Codes,
+    ElastiqError,
+    Fold,
+    Format,
+    QuantizedWeight,
+    Recipe,
+    RowPowers,
+    SideTerm,
+    Site,
+    Stats,
+    Term,
+    Tuner,
+    common_power,
+    held,
+)
+from ..evaluate import doubts, mean_error, write_card
 from ..foreign.importing import ordinary
 from ..formats import Integer
 from ..linalg import native
@@ -167,6 +182,8 @@ def _quantize(
         report("writing the checkpoint", 0, 1)
         writer.finish(_base(source, layout, recipe), source.path, _config(source), recipe, info)
     write_card(output)
+    for doubt in doubts(CheckpointReader(output, verify=False).table):
+        log.warning("%s", doubt)
     report("writing the checkpoint", 1, 1)
     return _summary(output, len(ids), begin, resumed_blocks=len(done))
 
@@ -275,13 +292,19 @@ class _Run:
             readers = [site for site in sites if site.input_id == name]
             if any(_too_few(site, statistics[site.name]) for site in readers):
                 continue
-            consumers = [weights[site.name] for site in readers]
             stats = reduce(Stats.merge, {id(s): s for s in (statistics[site.name] for site in readers)}.values())
-            for transform in self.recipe.transforms:
-                fold = transform.plan(consumers, stats, self.recipe.format)
-                consumers, stats = [fold.into(weight) for weight in consumers], fold.stats(stats)
-                folds[name] = (*folds.get(name, ()), fold)
+            folds[name] = plan_folds(self.recipe, [weights[site.name] for site in readers], stats)
         return folds
+
+
+def plan_folds(recipe: Recipe, consumers: Sequence[Tensor], stats: Stats) -> tuple[Fold, ...]:
+    """What the recipe's transforms do to the input of the matrices `consumers`, whatever their size in all is."""
+    power = common_power(consumers, recipe.format.least)
+    consumers, folds = [weight / power for weight in consumers], []
+    for transform in recipe.transforms:
+        folds.append(transform.plan(consumers, stats, recipe.format))
+        consumers, stats = [folds[-1].into(weight) for weight in consumers], folds[-1].stats(stats)
+    return tuple(folds)
 
 
 def _unit(block: int) -> str:
@@ -358,9 +381,12 @@ def set_errors(row: dict[str, Any], weight: Tensor, quantized: QuantizedWeight, 
 
 
 def _solve(weight: Tensor, stats: Stats, recipe: Recipe, folds: tuple[Fold, ...]) -> QuantizedWeight:
-    """`weight` [out, in] through the recipe's splits, solver and compensators, all on the inner side of the folds."""
+    """`weight` [out, in] through the recipe's splits, solver and compensators, all on the inner side of the folds and
+    of the powers of two of rows that are too small or too large for them."""
     for fold in folds:
         weight, stats = fold.into(weight), fold.stats(stats)
+    powers = RowPowers.of(weight, recipe.format.least)
+    weight = weight if powers is None else powers.into(weight)
     rest: Tensor = weight
     apart: tuple[SideTerm, ...] = ()
     for split in recipe.splits:
@@ -371,7 +397,7 @@ def _solve(weight: Tensor, stats: Stats, recipe: Recipe, folds: tuple[Fold, ...]
     for compensator in recipe.compensators:
         found = [compensator.fit(weight - inner.dequantize(r), stats, r) for r in recipe.levels]
         inner = QuantizedWeight((*inner.terms, *chain.from_iterable(found)))
-    return QuantizedWeight(inner.terms, folds)
+    return QuantizedWeight(inner.terms, folds, powers)
 
 
 def _as_stored(term: Term, format: Format) -> Term:
@@ -391,7 +417,8 @@ def _energy(matrix: Tensor, stats: Stats) -> float:
 def _base(source: ModelSource, layout: Layout, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and persistent buffer that no unit holds, each once, in the precision the model is stored in."""
     dtype = source.config.dtype if isinstance(source.config.dtype, torch.dtype) else torch.float32
-    model = build_skeleton(source, dtype)
+    wide = torch.float32 if dtype == torch.float16 else dtype  # files may hold more than float16 does
+    model = build_skeleton(source, wide)
     quantized = {f"{site.name}.weight" if site.expert is None else site.tensor for site in layout.sites}
     if recipe.embeddings:
         quantized |= {f"{site.name}.weight" for site in layout.outer}
@@ -399,8 +426,9 @@ def _base(source: ModelSource, layout: Layout, recipe: Recipe) -> Iterator[tuple
     wanted = [name for name, _ in model.named_parameters() if name not in quantized] + sorted(buffers)
     for name in wanted:
         module, _, key = name.rpartition(".")
-        load_module(model, module, source, dtype, "cpu", recurse=False)
-        yield name, getattr(model.get_submodule(module), key).detach()
+        load_module(model, module, source, wide, "cpu", recurse=False)
+        tensor = getattr(model.get_submodule(module), key).detach()
+        yield name, held(tensor, dtype) if tensor.dtype == wide else tensor
         free_module(model, module)
 
 

@@ -318,4 +318,5 @@ def _moved(weight: QuantizedWeight, device: torch.device | str) -> QuantizedWeig
     assert isinstance(codes, Codes) and all(isinstance(side, SideTerm) for side in sides)
     grid = replace(codes.grid, scale=codes.grid.scale.to(device), zero_point=codes.grid.zero_point.to(device))
     terms = (Codes(codes.codes.to(device), grid), *(side.to(device) for side in cast(list[SideTerm], sides)))
-    return QuantizedWeight(terms, tuple(fold.to(device) for fold in weight.folds))
+    powers = None if weight.powers is None else weight.powers.to(device)
+    return QuantizedWeight(terms, tuple(fold.to(device) for fold in weight.folds), powers)

@@ -111,8 +111,8 @@ def _rotations(block: Any) -> list[Sequence[Tensor]] | None:
 
 
 def _rotation(matrix: NestedLinear) -> Sequence[Tensor] | None:
-    folds, terms = matrix.restored()
-    if terms or len(folds) > 1:
+    powers, folds, terms = matrix.restored()
+    if powers is not None or terms or len(folds) > 1:
         return None
     rotation = folds[0].rotation() if folds else ()
     return rotation if not rotation or len(rotation[0]) == matrix.in_features else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import ElastiqError, Fold, SideTerm, Width, fold_out
+from ..core import ElastiqError, Fold, RowPowers, SideTerm, Width, fold_out
 from ..kernels.matmul import TiledWeight, decode, matmul, tile_plane, tile_scale, untile_plane, untile_scale
 from .stored import StoredMatrix, plane_array, readable_widths
 
@@ -72,7 +72,8 @@ class NestedMatrix(nn.Module):
         self._tiled = None
 
     def hold(self, arrays: dict[str, Tensor]) -> None:
-        """Take the arrays of the next plane. Raises ElastiqError if they are not exactly those of that plane."""
+        """Take the arrays of the next plane. Raises ElastiqError if they are not exactly those of that plane, or hold
+        NaN or infinite numbers."""
         specs = self.stored.arrays(self._planes + 1)
         found = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
         if found != specs:
@@ -82,6 +83,8 @@ class NestedMatrix(nn.Module):
         level = self.stored.level_of(self._planes)
         read = self.stored.decode_scales(level, arrays) if self.stored.coded and level is not None else {}
         tiled = self.stored.tiled_arrays(self._planes)
+        for name, array in arrays.items():
+            self.stored.check(name, array)
         for name, array in (arrays | read).items():
             if name in tiled:
                 array = tile_plane(array) if array.dtype == torch.uint8 else tile_scale(array)
@@ -109,21 +112,27 @@ class NestedMatrix(nn.Module):
         if not self.stored.parts:
             return self._coded(index, dtype)
         rows, expert = (index, None) if len(self.stored.shape) == 2 else (None, int(cast(int, index)))
-        folds, terms = self.restored(expert)
-        values = [term.dense(self._bits) for term in terms]
-        if self.stored.coded:
-            values.append(self._coded(expert, torch.float32))
-        whole = fold_out(folds, sum(values[1:], values[0])).to(dtype)
+        powers, folds, terms = self.restored(expert)
+        if powers is not None and not folds and not terms:  # an embedding decodes no more than its rows
+            factor = powers.factor if rows is None else powers.factor[rows]
+            return (self._coded(index, torch.float32) * factor[:, None]).to(dtype)
+        whole = self._sum(expert, folds, terms)
+        whole = (whole if powers is None else powers.out_of(whole)).to(dtype)
         return whole if rows is None else whole[rows]
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + bias at `bits`, in the dtype of x; by way of the dense matrix if gradients are asked for."""
+        powers, folds, terms = self.restored() if self.stored.parts else (None, [], [])
+        if powers is None:
+            return self._product(x, bias, folds, terms)
+        # In float32, which holds what the powers are still to bring back.
+        y = self._product(x.float(), None, folds, terms) * powers.factor
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    def _product(self, x: Tensor, bias: Tensor | None, folds: list[Fold], terms: list[SideTerm]) -> Tensor:
+        """`product` without the powers of rows."""
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            _, terms = self.restored()
-            return _shifted(F.linear(x, self.dense().to(x.dtype), bias), terms, self._bits)
-        if not self.stored.parts:
-            return matmul(x, self.tiled(), bias, self.activations)
-        folds, terms = self.restored()
+            return _shifted(F.linear(x, self._sum(None, folds, terms).to(x.dtype), bias), terms, self._bits)
         for fold in folds:
             x = fold.forward(x)
         y = matmul(x, self.tiled(), bias, self.activations) if self.stored.coded else None
@@ -135,11 +144,19 @@ class NestedMatrix(nn.Module):
             y = y + bias.to(y.dtype)
         return _shifted(y, terms, self._bits)
 
-    def restored(self, expert: int | None = None) -> tuple[list[Fold], list[SideTerm]]:
-        """Folds and side terms of the matrix, or of one expert, over the arrays held here."""
+    def restored(self, expert: int | None = None) -> tuple[RowPowers | None, list[Fold], list[SideTerm]]:
+        """Powers of rows, folds and side terms of the matrix, or of one expert, over the arrays held here."""
         held = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        found = [part.restore(held) for part in self.stored.parts if part.expert == expert]
-        return [p for p in found if isinstance(p, Fold)], [p for p in found if isinstance(p, SideTerm)]
+        found = self.stored.restore(held, expert)
+        powers = next((part for part in found if isinstance(part, RowPowers)), None)
+        return powers, [p for p in found if isinstance(p, Fold)], [p for p in found if isinstance(p, SideTerm)]
+
+    def _sum(self, expert: int | None, folds: list[Fold], terms: list[SideTerm]) -> Tensor:
+        """[out, in] float32 that codes and `terms` add up to behind `folds`."""
+        values = [term.dense(self._bits) for term in terms]
+        if self.stored.coded:
+            values.append(self._coded(expert, torch.float32))
+        return fold_out(folds, sum(values[1:], values[0]))
 
     def _coded(self, index: Tensor | int | None, dtype: torch.dtype) -> Tensor:
         """What the nested integer codes alone say, as `dense` picks."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..core import ArraySpec, ElastiqError, Part, Width, decode_level, is_read, level_specs, width_counts
+from ..core import ArraySpec, ElastiqError, Part, RowPowers, Width, decode_level, is_read, level_specs, width_counts
 
 ROLES = ("linear", "conv1d", "expert", "embedding", "head")
 
@@ -88,6 +88,11 @@ class StoredMatrix:
     def num_weights(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def inner_parts(self) -> tuple[StoredPart, ...]:
+        """The parts without the powers of its rows: what makes the matrix more than its codes."""
+        return tuple(part for part in self.parts if part.kind != RowPowers.kind)
+
     def arrays(self, plane: int) -> dict[str, ArraySpec]:
         """Arrays that travel with `plane` (from 1), by short name; the lowest level's scales travel with plane 1."""
         specs = self._coded_arrays(plane, self.scale_arrays)
@@ -112,10 +117,26 @@ class StoredMatrix:
         return (f"scale_{level}",) if self.symmetric else (f"scale_{level}", f"zero_point_{level}")
 
     def decode_scales(self, level: int, arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """float16 scale and zero point [..., out, groups] of a level that has its own, by those names."""
+        """float16 scale and zero point [..., out, groups] of a level that has its own, by those names. Raises
+        ElastiqError where they are not finite."""
         groups = self._scale_shape()[-1]
         found = decode_level(self.scales, level, arrays, groups, self.symmetric)
-        return {name: array for name, array in zip(self.scale_names(level), found, strict=False) if array is not None}
+        named = {name: array for name, array in zip(self.scale_names(level), found, strict=False) if array is not None}
+        for name, array in named.items():
+            self.check(name, array)
+        return named
+
+    def check(self, name: str, array: torch.Tensor) -> None:
+        """Raise ElastiqError if an array called `name` of the matrix holds what is no number."""
+        if array.is_floating_point() and not bool(torch.isfinite(array).all()):
+            raise ElastiqError(f"{self.name}: its {name} holds NaN or infinite numbers; copy the checkpoint again")
+
+    def restore(self, arrays: Mapping[str, torch.Tensor], expert: int | None = None) -> list[Part]:
+        """The parts of the matrix, or of one expert. Raises ElastiqError where arrays do not make them."""
+        try:
+            return [part.restore(arrays) for part in self.parts if part.expert == expert]
+        except ElastiqError as error:
+            raise ElastiqError(f"{self.name}: {error}") from error
 
     def read_names(self, bits: int) -> list[str]:
         """Short names of the arrays that a reader of `bits` needs."""

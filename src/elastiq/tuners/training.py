@@ -24,7 +24,6 @@ from ..core import (
     Tuner,
     decode_level,
     encode_level,
-    fold_in,
 )
 
 _STEPS_PER_SAVE = 8
@@ -132,7 +131,7 @@ def _within(weight: QuantizedWeight, codes: Codes, original: Tensor) -> Tensor:
     it lies in another cell."""
     grid, level = codes.grid, codes.grid.bits
     index = grid.levels.index(level)
-    target = fold_in(weight.folds, original.to(codes.codes.device))
+    target = weight.inside(original.to(codes.codes.device))
     for term in weight.terms[1:]:
         target = target - term.dense(level)
     scale, zero_point = grid.scale[index].unsqueeze(-1), grid.zero_point[index].unsqueeze(-1)

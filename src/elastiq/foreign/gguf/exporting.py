@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ...checkpoint.files import read_json
 from ...core import ElastiqError
-from ..target import Exported, ExportedMatrix, Target, dense_model, relative_error
+from ..target import Exported, ExportedMatrix, Target, dense_model, relative_error, require_rows_held
 from ..view import GridCodes, View
 from .blocks import BLOCK_TYPES, BlockType, encode
 from .families import Family, family_of
@@ -138,6 +138,7 @@ class GGUF(Target, name="gguf"):
         data = encode(kind, values, scale, offset).numpy()
         held = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[kind.name]))
         error = relative_error(values, held)
+        require_rows_held(self.name, view.matrices[name], own.bits, error)
         row = ExportedMatrix(name, own.bits, kind.name, 8 * data.nbytes, values.numel(), codes.bits, error)
         if self.exact and row.error:
             raise ElastiqError(
