@@ -11,6 +11,8 @@ HALF_LIMIT = 65504.0
 """Largest half-precision number."""
 _HALF_LEAST = 2.0**-16
 """Numbers below are held better by bfloat16: half precision rounds them by more than 2^-9 of their size."""
+_HALF_LOST = 2.0**-20
+"""Half precision rounds numbers below by more than 2^-5 of their size."""
 
 
 def held(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -25,12 +27,11 @@ def held(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def require_held(tensor: Tensor, dtype: torch.dtype, name: str) -> None:
     """Raise ElastiqError if numbers of the tensor called `name` are too large to compute in `dtype`, or all of them so
-    small that they are zeros there."""
+    small that little is left of them there."""
     if dtype != torch.float16 or tensor.dtype == torch.float16 or not tensor.numel():
         return
-    largest = tensor.abs().max().float()
-    if float(largest) and not 0 < float(largest.half()) <= HALF_LIMIT:
+    largest = float(tensor.abs().max())
+    if largest and not _HALF_LOST <= largest <= HALF_LIMIT:
         raise ElastiqError(
-            f"{name}: its largest number, {float(largest):.3g}, is none that float16 can hold; compute in bfloat16 or "
-            "float32"
+            f"{name}: its largest number, {largest:.3g}, is none that float16 can hold; compute in bfloat16 or float32"
         )

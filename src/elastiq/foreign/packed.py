@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoint.files import json_bytes, range_chunks, read_json, write_durably
 from ..checkpoint.names import CONFIG, INDEX, travels_along
 from ..checkpoint.tensors import read_header, tensor_bytes, write_tensors
-from ..core import ElastiqError
+from ..core import ElastiqError, held
 from ..models.source import tensor_files
 from . import bitsandbytes
 from .awq import awq_dense
@@ -26,7 +26,8 @@ Layer = dict[str, Tensor]
 
 
 def import_packed(directory: str | Path, output: str | Path) -> None:
-    """Write the packed model in `directory` to the new directory `output`, its weights unpacked to float16.
+    """Write the packed model in `directory` to the new directory `output`, its weights unpacked to float16, or float32 where that does not hold a
+    matrix.
 
     Raises ElastiqError for a format that is not read, and for arrays that do not fit together.
     """
@@ -62,14 +63,17 @@ def _write(
             values = dense(layer, arrays)
         except _MISFITS as error:
             raise ElastiqError(f"{directory}: the arrays of {layer} do not fit together ({error})") from None
-        held = (values.T if layer.rpartition(".")[2] in transposed else values).half()
-        if not bool(torch.isfinite(held).all()):
-            raise ElastiqError(f"{directory}: {layer} holds scales that are no half-precision numbers; copy it again")
-        return held
+        if not bool(torch.isfinite(values).all()):
+            raise ElastiqError(f"{directory}: {layer} holds scales that are no numbers; copy it again")
+        values = values.T if layer.rpartition(".")[2] in transposed else values
+        half = held(values, torch.float16)
+        return half if half.dtype == torch.float16 else values
 
     plain = [name for name in files if name not in owned]
     specs = {name: (array(name).dtype, tuple(array(name).shape)) for name in plain}
-    specs |= {f"{layer}.weight": (torch.float16, tuple(unpacked(layer).shape)) for layer in layers}
+    for layer in layers:
+        values = unpacked(layer)
+        specs[f"{layer}.weight"] = (values.dtype, tuple(values.shape))
 
     def payload(name: str) -> Iterator[Any]:
         layer = name.removesuffix(".weight")

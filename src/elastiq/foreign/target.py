@@ -116,7 +116,7 @@ def relative_error(wanted: Tensor, held: Tensor) -> float:
 def require_rows_held(target: str, stored: StoredMatrix, bits: int, error: float) -> None:
     """Raise ElastiqError where the scales of a target lose what the powers of two of a matrix's rows say: `error`, what
     it adds relative to the matrix, is then beyond what rounding to `bits` does."""
-    if len(stored.parts) > len(stored.inner_parts) and not error <= 16 * 4.0**-bits:
+    if len(stored.parts) > len(stored.inner_parts) and not error <= 8 * 4.0**-bits:
         raise ElastiqError(
             f"{target}: {stored.name} has rows too small or too large for half-precision scales (an error of "
             f"{error:.2g}); export to hf"

@@ -105,6 +105,9 @@ class ElastiqQuantizer(HfQuantizer):
             for plane in range(1, self.quantization_config.planes + 1):
                 matrix.hold({key: cast(Tensor, matrix._buffers.pop(key)) for key in matrix.stored.arrays(plane)})
             matrix.bits = self._bits[name]
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == torch.float16 and not bool(torch.isfinite(parameter).all()):
+                raise ElastiqError(f"{name}: it holds numbers that float16 cannot; load with dtype=torch.bfloat16")
         for name, scale in self._row_scales.items():
             if scale is not None:  # a buffer that no file holds
                 embedding: Any = model.get_submodule(name)

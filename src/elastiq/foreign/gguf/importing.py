@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ...core import ElastiqError
+from ...core import ElastiqError, held
 from ..target import write_aside
 
 try:
@@ -187,6 +187,6 @@ def _convert(file: Path, work: Path) -> None:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ElastiqError(f"{file}: {name} holds NaN or infinite weights; copy it again")
-    fits = all(float(parameter.detach().abs().max()) <= 65504.0 for parameter in model.parameters())
-    (model.half() if fits else model.bfloat16()).save_pretrained(work)
+    fits = all(held(parameter.detach(), torch.float16).dtype == torch.float16 for parameter in model.parameters())
+    (model.half() if fits else model).save_pretrained(work)
     tokenizer.save_pretrained(work)
