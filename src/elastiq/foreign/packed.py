@@ -26,8 +26,8 @@ Layer = dict[str, Tensor]
 
 
 def import_packed(directory: str | Path, output: str | Path) -> None:
-    """Write the packed model in `directory` to the new directory `output`, its weights unpacked to float16, or float32 where that does not hold a
-    matrix.
+    """Write the packed model in `directory` to the new directory `output`, its weights unpacked to float16, those of a
+    matrix that it does not hold to float32.
 
     Raises ElastiqError for a format that is not read, and for arrays that do not fit together.
     """
