@@ -10,7 +10,7 @@ import torch
 from contracts.data import weight_and_stats
 from torch import Tensor
 
-from elastiq.core import Codes, ElastiqError, QuantizedWeight, Stats, Step, Tuner, step_from_dict, to_half
+from elastiq.core import Codes, ElastiqError, QuantizedWeight, RowPowers, Stats, Step, Tuner, step_from_dict, to_half
 from elastiq.formats import Integer
 from elastiq.parts import Diagonal, Hadamard, LowRank, Sparse
 from elastiq.solvers import RoundToNearest
@@ -104,21 +104,22 @@ def rounded(model: TwoLayers, format: Integer) -> dict[str, QuantizedWeight]:
 
 
 def dressed(model: TwoLayers, format: Integer) -> dict[str, QuantizedWeight]:
-    """Codes behind two folds, beside single weights and a low rank that belongs to one level."""
+    """Codes behind two folds and powers of rows, beside single weights and a low rank that belongs to one level."""
     found = {}
     for name, weight in model.weights.items():
         width = weight.shape[1]
         generator = torch.Generator().manual_seed(width)
+        powers = RowPowers((torch.arange(len(weight)) % 3 - 1).to(torch.int8), width)
         folds = (
             Diagonal.of(torch.rand(width, generator=generator) + 0.5),
             Hadamard.of(torch.rand(width, generator=generator) < 0.5),
         )
-        inside = folds[1].into(folds[0].into(weight))
+        inside = folds[1].into(folds[0].into(powers.into(weight)))
         apart = inside.abs() > inside.abs().quantile(0.98)
         (codes,) = RoundToNearest().solve(inside.masked_fill(apart, 0), format, Stats())
         left, right = 0.01 * torch.randn(len(weight), 2), torch.randn(2, width)
         sides = (Sparse.at(apart, inside[apart].half()), LowRank(left.half(), right.half(), format.levels[0]))
-        found[name] = QuantizedWeight((codes, *sides), folds)
+        found[name] = QuantizedWeight((codes, *sides), folds, powers)
     return found
 
 

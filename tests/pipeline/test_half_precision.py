@@ -19,7 +19,7 @@ import elastiq
 from elastiq import ElastiqError, Recipe, recipes
 from elastiq.checkpoint import CheckpointReader, slice_checkpoint
 from elastiq.evaluate import doubts
-from elastiq.export import GPTQDirectory, HuggingFace, export
+from elastiq.foreign.exporting import GPTQDirectory, HuggingFace, export
 from elastiq.pipeline.run import quantize
 
 IDS = torch.randint(1, 250, (4, 32), generator=torch.Generator().manual_seed(0))
