@@ -28,7 +28,10 @@ def test_round_trip_through_json(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"solver": {"name": "magic"}}, "solver: unknown name 'magic'; known: bitstack, decoupleq, gptq, hqq, nested, rtn"),
+        (
+            {"solver": {"name": "magic"}},
+            "solver: unknown name 'magic'; known: bitstack, decoupleq, gptq, hqq, nested, rtn",
+        ),
         ({"solver": {"name": "gptq", "percdamp": 1}}, "solver gptq: unknown parameter percdamp; known: act_order"),
         ({"format": {}}, "format: unknown name None; known: block-scaled, codebook, integer"),
         ({"tuner": {"name": "luck"}}, "tuner: unknown name 'luck'; known: co-distillation, gumbel, scales, sign-round"),
