@@ -16,6 +16,7 @@ from .fold import Fold, fold_in, fold_out
 from .grid import MAX_BITS, CodeGrid, Codes, Grid, derive
 from .level_map import LevelMap, Width, widest, width_counts
 from .part import Kept, Part, is_read
+from .plain import plain_count, plain_number
 from .recipe import Recipe
 from .scales import MIN_SCALE, ArraySpec, decode_level, encode_level, level_specs, rounded, storage, to_half
 from .site import Site
@@ -35,6 +36,7 @@ from .step import (
     Tuner,
     step_from_dict,
 )
+from .sums import mean, total
 from .term import QuantizedWeight, SideTerm, Term
 
 __all__ = [
@@ -85,11 +87,15 @@ __all__ = [
     "fold_out",
     "is_read",
     "level_specs",
+    "mean",
     "non_increasing",
+    "plain_count",
+    "plain_number",
     "rounded",
     "step_from_dict",
     "storage",
     "to_half",
+    "total",
     "widest",
     "width_counts",
 ]
