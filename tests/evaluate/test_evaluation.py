@@ -14,10 +14,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from elastiq import recipes
 from elastiq.checkpoint import CheckpointReader
 from elastiq.core import ElastiqError
-from elastiq.evaluate import evaluate, evaluation, level_sizes, scores
-from elastiq.inference.loading import load
+from elastiq.evaluate import evaluate, evaluation, level_sizes, megabytes, scores
+from elastiq.inference.loading import bytes_in_memory, load
+from elastiq.measure import inspect_checkpoint
+from elastiq.pipeline.run import quantize
+from elastiq.report import write_report
+from elastiq.runtime import nested_matrices
 
 WINDOW, COUNT = 24, 5
 
@@ -144,9 +149,33 @@ def test_sizes_are_counted(random_checkpoint: Path) -> None:
     dropped = sum((random_checkpoint / f"plane-{p}.safetensors").stat().st_size for p in range(4, 9))
     assert sizes[3]["bytes_on_disk"] == everything - dropped
     for bits in (1, 3, 8):
-        model = load(random_checkpoint, bits, dtype=torch.float16)
-        arrays = [*model.parameters(), *(b for n, b in model.named_buffers() if "rotary" not in n)]
-        assert sizes[bits]["bytes_in_memory"] == sum({a.data_ptr(): a.nbytes for a in arrays if a.numel()}.values())
+        model = load(random_checkpoint, bits)
+        rotary = sum(b.nbytes for n, b in model.named_buffers() if "rotary" in n)
+        assert sizes[bits]["bytes_in_memory"] == bytes_in_memory(model) - rotary
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral"])
+def test_memory_said_everywhere_is_what_a_loaded_model_holds(
+    family: str, tiny_model: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    """But for the few numbers that the model computes for itself and no file holds."""
+    ids = torch.randint(1, 250, (4, 16), generator=torch.Generator().manual_seed(0))
+    done = quantize(tiny_model(family), tmp_path / "out", recipes.nested((2, 4)), ids)
+
+    def held(dtype: torch.dtype) -> int:
+        model = load(tmp_path / "out", 2, dtype=dtype)
+        stored = *CheckpointReader(tmp_path / "out").base_specs, *nested_matrices(model)
+        own = [b for n, b in model.named_buffers() if not n.startswith(stored)]
+        return bytes_in_memory(model) - sum(b.nbytes for b in own)
+
+    assert done.levels[2]["bytes_in_memory"] == held(torch.float32)
+    assert inspect_checkpoint(tmp_path / "out")["widths"][1]["bytes_in_memory"] == held(torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        result = evaluate(tmp_path / "out", [2], text_file, window=8, num_windows=1, dtype=dtype)
+        assert result["levels"][0]["bytes_in_memory"] == held(dtype)
+    shown = megabytes(held(torch.float32))
+    assert f"| {shown} |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f">{shown}</td>" in write_report(tmp_path / "out").read_text(encoding="utf-8")
 
 
 def test_results_are_kept_beside_the_checkpoint(

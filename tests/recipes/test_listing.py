@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from elastiq import cli, recipes
-from elastiq.core import Step
+from elastiq.core import Recipe, Step
 from elastiq.recipes.listing import methods, page, papers
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -19,7 +19,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 def test_every_part_is_listed_and_says_what_it_does(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["recipes", "--json", str(tmp_path / "m.json")])
     assert result.exit_code == 0 and all(name in result.stdout for name in recipes.names())
-    rows = json.loads((tmp_path / "m.json").read_text())
+    data = json.loads((tmp_path / "m.json").read_text())
+    rows = data["parts"]
     assert rows == methods()
     assert {(row["slot"], row["name"]) for row in rows} == {
         (slot, name) for slot, members in Step.registry.items() for name in members
@@ -28,6 +29,15 @@ def test_every_part_is_listed_and_says_what_it_does(tmp_path: Path) -> None:
         assert row["about"].endswith((".", ":")) and re.fullmatch(r"[1-8] to [1-8]", row["bits"])
         for title in row["paper"]:
             assert re.fullmatch(r"\S+, arXiv:\d{4}\.\d{5}", title), title
+
+
+def test_every_recipe_is_listed_with_its_slots_and_papers(tmp_path: Path) -> None:
+    assert CliRunner().invoke(cli.app, ["recipes", "--json", str(tmp_path / "m.json")]).exit_code == 0
+    rows = json.loads((tmp_path / "m.json").read_text())["recipes"]
+    assert [row["name"] for row in rows] == list(recipes.names())
+    for row in rows:
+        assert Recipe.from_dict(row["slots"]) == recipes.get(row["name"])
+    assert "GPTQ, arXiv:2210.17323" in next(row["paper"] for row in rows if row["name"] == "gptq")
 
 
 def test_the_page_is_up_to_date() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from elastiq.core import ElastiqError
 from elastiq.report import write_picture, write_report
 from elastiq.report.charts import INK, SERIES, Line, line_chart
-from elastiq.report.data import activation_lines, experts, hardest, heat_maps
+from elastiq.report.data import Hardest, activation_lines, experts, hardest, heat_maps
 
 _VOID = {"meta", "br", "link", "img", "path", "use", "rect"}
 
@@ -58,6 +59,15 @@ def evaluation(text: str = "sample.txt", against: str | None = "full-model") -> 
     protocol = {"words": f"{text} as one text", "text": text, "window": 8, "num_windows": 2, "predicted_tokens": 14}
     full = {"perplexity": 20.0 if against else None}
     return {"checkpoint": "x", "against": against, "protocol": protocol, "full": full, "levels": rows}
+
+
+def replace_file(checkpoint: Path, name: str, data: Any) -> None:
+    """Write another JSON file and its checksum."""
+    content = json.dumps(data).encode()
+    (checkpoint / name).write_bytes(content)
+    sums = json.loads((checkpoint / "checksums.json").read_text())
+    sums["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (checkpoint / "checksums.json").write_text(json.dumps(sums))
 
 
 def table() -> list[dict[str, Any]]:
@@ -193,7 +203,29 @@ def test_heat_map_cells_and_range() -> None:
 
 
 def test_hardest_are_the_largest_in_proportion() -> None:
-    assert [row["name"].split(".")[2] for row in hardest(table(), [2, 4], count=4)] == ["2", "2", "2", "1"]
+    assert [row["name"].split(".")[2] for row in hardest(table(), [2, 4], count=4).rows] == ["2", "2", "2", "1"]
+
+
+def test_hardest_has_a_column_for_every_level_with_errors_and_no_other() -> None:
+    """A tuned level has no errors of matrices: its column is left out of the head and of the rows alike."""
+    rows = table()
+    for row in rows:
+        row["levels"]["3"] = {"num_bits": 1, "error": None}
+    worst = hardest(rows, [2, 3, 4], count=1)
+    assert worst.levels == (2, 4) and worst.rows[0]["errors"] == [3 * 4.0**-2, 3 * 4.0**-4]
+    assert hardest([{**row, "levels": {}} for row in rows], [2, 3, 4]) == Hardest((), ())
+
+
+def test_errors_stand_below_their_levels_where_some_were_tuned(checkpoint: Path) -> None:
+    levels = json.loads((checkpoint / "levels.json").read_text())
+    for row in levels["matrices"]:
+        for level, cell in row["levels"].items():
+            cell["error"] = None if level in ("3", "6") else 10.0 ** -int(level)
+    replace_file(checkpoint, "levels.json", levels)
+    text = write_report(checkpoint).read_text(encoding="utf-8")
+    head, *body = re.findall("<tr>.*?</tr>", text[text.index("Hardest matrices") :].partition("</table>")[0])
+    assert re.findall("<th>(.*?)</th>", head) == ["matrix", "shape", "2 bits", "4 bits", "8 bits"]
+    assert body and all(re.findall("<td>(.*?)</td>", row)[1:] == ["0.01", "0.0001", "1e-08"] for row in body)
 
 
 def test_kinds_with_one_input_share_a_curve() -> None:

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from ..core import ElastiqError
+from ..core import ElastiqError, plain_number
 from .table import Floats, Table
 
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -32,6 +32,8 @@ class Budget:
     latency: float | None = None
 
     def __post_init__(self) -> None:
+        for unit, value in self.given.items():
+            object.__setattr__(self, unit, plain_number(value, f"budget: {unit}"))
         for unit, value in self.given.items():
             if not math.isfinite(value) or value <= 0:
                 raise ElastiqError(f"budget: {unit}={value} is not a positive number")
@@ -78,7 +80,7 @@ def spoken(unit: str, value: float, up: bool = False) -> str:
 
 def parse_bytes(text: str | int | float) -> int:
     """`1.2GB`, `900 MiB` or a number of bytes. Raises ElastiqError for anything else."""
-    match = _NUMBER.fullmatch(str(text))
+    match = _NUMBER.fullmatch(str(plain_number(text, "size")))
     unit = match.group(2).upper() or "B" if match else ""
     if not match or unit not in _BYTES:
         raise ElastiqError(f"size {text!r} is not a size; write it as 900MB, 1.2GB or 1.1GiB")

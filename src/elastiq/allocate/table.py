@@ -55,7 +55,7 @@ class Table:
         cuts: Mapping[str, Cut] | None = None,
     ) -> Table:
         """The table of a checkpoint. untie: a group for every matrix. base: bytes of everything that is not quantized,
-        None for the precision it is stored in. times, base_seconds: measured, for budgets of latency. cuts: matrices
+        None for float32, as a processor holds it. times, base_seconds: measured, for budgets of latency. cuts: matrices
         whose parts are groups of their own; each pays for saying where its rows or experts are."""
         matrices, cuts = reader.manifest.matrices, cuts or {}
         whole = [name for name in matrices if name not in cuts]

@@ -20,15 +20,17 @@ def level_sizes(reader: CheckpointReader, widths: Sequence[int]) -> dict[int, di
     return {bits: map_sizes(reader, dict.fromkeys(reader.manifest.matrices, bits)) for bits in widths}
 
 
-def map_sizes(reader: CheckpointReader, widths: Mapping[str, Width]) -> dict[str, Any]:
-    """What a checkpoint takes whose matrices are read at `widths`: mean_bits, bits_per_weight, bytes_in_memory,
-    bytes_on_disk (the directory's files less the planes that no matrix reads)."""
+def map_sizes(
+    reader: CheckpointReader, widths: Mapping[str, Width], dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """What a checkpoint takes whose matrices are read at `widths`: mean_bits, bits_per_weight, bytes_in_memory (as
+    `map_bytes`), bytes_on_disk (the directory's files less the planes that no matrix reads)."""
     files = checkpoint_files(reader)
     unread = range(max(map(widest, widths.values())) + 1, reader.planes + 1)
     return {
         "mean_bits": map_mean_bits(reader, widths),
         "bits_per_weight": map_bits_per_weight(reader, widths),
-        "bytes_in_memory": map_bytes(reader, widths),
+        "bytes_in_memory": map_bytes(reader, widths, dtype),
         "bytes_on_disk": sum(files.values()) - sum(files[plane_file(plane)] for plane in unread),
     }
 
@@ -48,10 +50,11 @@ def map_bits_per_weight(reader: CheckpointReader, widths: Mapping[str, Width]) -
     return sum(m.num_bits(widths[name]) for name, m in matrices.items()) / _weights(reader)
 
 
-def map_bytes(reader: CheckpointReader, widths: Mapping[str, Width]) -> int:
-    """Bytes a model loaded at `widths` holds, in the precision it is stored in: planes with the scales that travel
-    with them, embeddings, norms and everything else in 16 bits."""
-    return base_bytes(reader) + sum(held_bytes(m, widths[name]) for name, m in reader.manifest.matrices.items())
+def map_bytes(reader: CheckpointReader, widths: Mapping[str, Width], dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of the arrays that a model loaded at `widths` holds: planes with the scales that travel with them, and
+    embeddings, norms and everything else that is not quantized in `dtype`, which is float32 on a processor. Tables that
+    a model computes for itself, such as rotary frequencies, are no part of a checkpoint and not counted."""
+    return base_bytes(reader, dtype) + sum(held_bytes(m, widths[name]) for name, m in reader.manifest.matrices.items())
 
 
 def held_bytes(matrix: StoredMatrix, bits: Width) -> int:
@@ -83,14 +86,17 @@ def checkpoint_files(reader: CheckpointReader) -> dict[str, int]:
     return {name: (reader.path / name).stat().st_size for name in first + rest}
 
 
-def base_bytes(reader: CheckpointReader) -> int:
-    """Bytes of everything that is not quantized."""
-    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in reader.base_specs.values())
+def base_bytes(reader: CheckpointReader, dtype: torch.dtype | None = torch.float32) -> int:
+    """Bytes of everything that is not quantized, its floating-point arrays in `dtype`, or as stored for None."""
+    return sum(
+        math.prod(shape) * (dtype if dtype is not None and stored.is_floating_point else stored).itemsize
+        for stored, shape in reader.base_specs.values()
+    )
 
 
 def full_bytes(reader: CheckpointReader) -> int:
-    """Bytes of the model with all its matrices in 16 bits."""
-    return base_bytes(reader) + 2 * sum(matrix.num_weights for matrix in reader.manifest.matrices.values())
+    """Bytes of the model with all its matrices, and what is not quantized, in 16 bits as it is stored."""
+    return base_bytes(reader, None) + 2 * sum(matrix.num_weights for matrix in reader.manifest.matrices.values())
 
 
 def megabytes(count: int) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from .. import recipes
 from ..checkpoint import CheckpointReader
-from ..recipes.listing import methods, papers
+from ..recipes.listing import methods, papers, recipe_rows
 from ..recipes.listing import page as methods_page
 from .app import app
 from .options import Checkpoint, Json, write
@@ -32,7 +32,7 @@ def recipes_command(
         typer.echo(dumps(recipe, indent=2))
         return
     rows = methods()
-    write(json, rows)
+    write(json, {"recipes": recipe_rows(), "parts": rows})
     if page is not None:
         page.write_text(methods_page(), encoding="utf-8")
     show_methods(recipes.names(), rows)

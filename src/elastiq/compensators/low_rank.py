@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core import Compensator, ElastiqError, SideTerm, Stats, to_half
+from ..core import Compensator, ElastiqError, SideTerm, Stats, mean, to_half
+from ..linalg import leading_triplets
 from ..parts import LowRank
 
 
@@ -33,9 +34,9 @@ class LowRankError(Compensator, name="lorc"):
         size = torch.ones(residual.shape[1])
         if self.aware:
             size = stats.mean_diagonal(residual.shape[1]).clamp_min(1e-12).sqrt()
-            size = (size / size.mean()).clamp_min(1e-3)
+            size = (size / mean(size)).clamp_min(1e-3)
         size = size.to(residual)
-        left, values, right = torch.linalg.svd(residual * size, full_matrices=False)
-        root = values[: self.rank].sqrt()
-        left, right = left[:, : self.rank] * root, root[:, None] * right[: self.rank] / size
+        left, values, right = leading_triplets(residual * size, self.rank)
+        root = values.sqrt()
+        left, right = left * root, root[:, None] * right / size
         return (LowRank(to_half(left).half(), to_half(right).half(), level),)

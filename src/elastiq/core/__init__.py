@@ -17,6 +17,7 @@ from .grid import MAX_BITS, CodeGrid, Codes, Grid, derive
 from .half import held, require_held
 from .level_map import LevelMap, Width, widest, width_counts
 from .part import Kept, Part, is_read
+from .plain import plain_count, plain_number
 from .powers import LEAST, RowPowers, common_power
 from .recipe import Recipe
 from .scales import MIN_SCALE, ArraySpec, decode_level, encode_level, level_specs, rounded, storage, to_half
@@ -37,6 +38,7 @@ from .step import (
     Tuner,
     step_from_dict,
 )
+from .sums import mean, total
 from .term import QuantizedWeight, SideTerm, Term
 
 __all__ = [
@@ -91,12 +93,16 @@ __all__ = [
     "held",
     "is_read",
     "level_specs",
+    "mean",
     "non_increasing",
+    "plain_count",
+    "plain_number",
     "require_held",
     "rounded",
     "step_from_dict",
     "storage",
     "to_half",
+    "total",
     "widest",
     "width_counts",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from .error import ElastiqError
 from .grid import MAX_BITS
+from .plain import plain_number
 
 Width = int | str
 """How a matrix is read: at one width, or every output row (of a fused tensor: every expert) at its own, as a string
@@ -40,11 +41,12 @@ class LevelMap:
     def __post_init__(self) -> None:
         if not self.widths:
             raise ElastiqError("level map: it names no matrix")
-        for name, width in self.widths.items():
+        widths = {name: plain_number(width, f"level map: {name}") for name, width in self.widths.items()}
+        for name, width in widths.items():
             if not isinstance(name, str) or not _is_width(width):
                 shown = repr(width)[:60]
                 raise ElastiqError(f"level map: {name!r} has the width {shown}, which is none from 1 to {MAX_BITS}")
-        object.__setattr__(self, "widths", MappingProxyType(dict(self.widths)))
+        object.__setattr__(self, "widths", MappingProxyType(widths))
         object.__setattr__(self, "facts", MappingProxyType(dict(self.facts)))
 
 

@@ -43,6 +43,11 @@ class Recipe:
     compensators: tuple[Compensator, ...] = ()
 
     def __post_init__(self) -> None:
+        for slot in ("format", "solver", "block_tuner", "tuner"):
+            if getattr(self, slot) is not None:
+                object.__setattr__(self, slot, getattr(self, slot).plain())
+        for slots in _LISTS:
+            object.__setattr__(self, slots, tuple(step.plain() for step in getattr(self, slots)))
         if self.inputs not in _INPUTS:
             raise ElastiqError(f"recipe: inputs={self.inputs!r} is not one of {', '.join(_INPUTS)}")
         if self.token_weights is not None and not isinstance(self.token_weights, TokenWeights):

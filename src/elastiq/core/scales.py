@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .error import ElastiqError
+from .sums import total
 
 ArraySpec = tuple[torch.dtype, tuple[int, ...]]
 """Type and shape of a stored array."""
@@ -260,7 +261,7 @@ class DoubleQuantized(ScaleStorage, name="double"):
     @staticmethod
     def encode(scale: Tensor) -> dict[str, Tensor]:
         flat = scale.flatten()
-        mean = flat.mean()
+        mean = flat.new_tensor(total(flat) / len(flat))
         blocks = F.pad(flat - mean, (0, -flat.numel() % 256)).view(-1, 256)
         top = blocks.abs().amax(1)
         table = _dynamic_table()

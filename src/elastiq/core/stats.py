@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .error import ElastiqError
+from .sums import total
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Stats:
         if not len(x):
             return
         self.count += len(x)
-        self.total += float(weights.sum(dtype=torch.float64))
+        self.total += total(weights)
         rows = Rows(x, weights, gradient)
         self.sums = {name: Statistic.registry[name].add(total, rows) for name, total in self.sums.items()}
 

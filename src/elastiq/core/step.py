@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from .error import ElastiqError
+from .plain import plain_number
 from .powers import LEAST
 
 if TYPE_CHECKING:
@@ -53,11 +55,31 @@ class Step(ABC):
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
 
+    def plain(self) -> Self:
+        """The same step with numbers of other libraries among its parameters as Python's own. Raises ElastiqError for
+        a truth value where a number belongs."""
+        changed = {
+            field.name: _plain(getattr(self, field.name), str(field.type), f"{self.name}: {field.name}")
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+        }
+        return dataclasses.replace(self, **changed)  # type: ignore[type-var]
+
     def require_at_least(self, **least: float) -> None:
         """Raises ElastiqError for a parameter that is below its least value, or no number."""
         for parameter, value in least.items():
             if not getattr(self, parameter) >= value:
                 raise ElastiqError(f"{self.name}: {parameter}={getattr(self, parameter)} must be at least {value}")
+
+
+def _plain(value: Any, type: str, name: str) -> Any:
+    """A parameter, declared as `type`, with Python's own numbers. A fraction that is whole stays a fraction where one
+    belongs: 1.0 and 1 are one value and two spellings in the recipe's file."""
+    if isinstance(value, tuple | list):
+        return tuple(_plain(part, type, name) for part in value)
+    if type.startswith("bool"):
+        return bool(value) if isinstance(value, np.bool_) else value
+    number = plain_number(value, name)
+    return float(number) if "float" in type and isinstance(number, int) and not isinstance(value, int) else number
 
 
 def step_from_dict(slot: str, data: dict[str, Any]) -> Step:

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..allocate import complete
 from ..checkpoint import CheckpointReader
 from ..checkpoint.sizes import full_bytes, map_mean_bits, map_sizes
-from ..core import ElastiqError, LevelMap, Width, widest
-from ..inference.loading import load, map_widths, set_bits
+from ..core import ElastiqError, LevelMap, Width, plain_count, widest
+from ..inference.loading import load, map_widths, plain_widths, set_bits
 from ..models import ModelSource, give_back_memory
 from ..text.evaluation import load_tokenizer, read_text, windows
 from .card import write_card
@@ -57,6 +57,7 @@ def evaluate(
     Raises ElastiqError for a width the checkpoint cannot give, a text shorter than a window, models that do not match.
     """
     reader = CheckpointReader(path)
+    window, num_windows = plain_count(window, "window"), plain_count(num_windows, "num_windows")
     targets = width_maps(reader, bits)
     content = read_text(text)
     ids = windows(content, load_tokenizer(path), window, num_windows, Path(text).name)
@@ -73,7 +74,9 @@ def evaluate(
             "perplexity": full_scores.perplexity if full is not None else None,
             "bytes_in_memory": full_bytes(reader),
         },
-        "levels": [{"bits": b, **map_sizes(reader, widths), **scores[b].to_dict()} for b, widths in targets.items()],
+        "levels": [
+            {"bits": b, **map_sizes(reader, widths, dtype), **scores[b].to_dict()} for b, widths in targets.items()
+        ],
     }
     if save:
         _keep(path, result)
@@ -136,7 +139,7 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 def width_maps(reader: CheckpointReader, bits: Sequence[float | LevelMap] | None) -> dict[float, dict[str, Width]]:
     """Widths of the matrices by what stands for them in the result: a width, or a mean width."""
     targets: dict[float, dict[str, Width]] = {}
-    for wanted in reader.levels if bits is None else bits:
+    for wanted in map(plain_widths, reader.levels if bits is None else bits):
         if isinstance(wanted, int):
             reader.require(wanted)
             targets[wanted] = dict[str, Width](dict.fromkeys(reader.manifest.matrices, wanted))

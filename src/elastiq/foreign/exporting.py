@@ -10,7 +10,7 @@ import torch
 
 from ..checkpoint import CheckpointReader
 from ..core import ElastiqError
-from ..inference.loading import Widths, load, map_widths
+from ..inference.loading import Widths, load, map_widths, plain_widths
 from .awq import AWQDirectory
 from .compressed import CompressedTensors
 from .gguf.exporting import GGUF
@@ -66,6 +66,7 @@ def export(path: str | Path, output: str | Path, target: Target, bits: Widths | 
     """
     output = Path(output)
     reader = CheckpointReader(path)
+    bits = plain_widths(bits)
     view = View(reader, bits if bits is None or isinstance(bits, int) else map_widths(reader, bits))
     target.check(view)
     done: Exported | None = None

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core import MAX_BITS, ElastiqError, Format, Grid, Stats, storage
+from ..core import MAX_BITS, ElastiqError, Format, Grid, Stats, mean, storage
 from ..linalg import columns
 
 
@@ -54,7 +54,7 @@ class Integer(Format, name="integer"):
         width = weight.shape[-1]
         size = self._columns_per_group(width)
         importance = stats.mean_diagonal(width).to(weight.device)
-        importance = importance / importance.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        importance = importance / max(mean(importance), torch.finfo(torch.float32).tiny)
         weight = weight.permute(2, 0, 1).contiguous()
         fitted = [
             columns.fit(part, share, self.levels, self.symmetric)

@@ -7,7 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -20,7 +20,7 @@ from ..checkpoint import CheckpointReader
 from ..checkpoint.files import read_json
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.names import BASE, CONFIG
-from ..core import ElastiqError, LevelMap, Width, require_held, widest
+from ..core import ElastiqError, LevelMap, Width, plain_count, plain_number, require_held, widest
 from ..runtime import (
     MixedMatrix,
     NestedMatrix,
@@ -67,6 +67,7 @@ def load(
 
     Raises ElastiqError for a damaged or foreign directory and for a width it cannot give.
     """
+    bits, max_bits = plain_widths(bits), plain_count(max_bits, "max_bits")
     if _is_saved(Path(path)):
         return _load_saved(Path(path), bits, max_bits, memory, torch.device(device), dtype)
     reader = CheckpointReader(path, verify=verify)
@@ -141,7 +142,7 @@ def set_bits(model: PreTrainedModel, bits: Widths) -> None:
     At once within the planes held; missing planes are read from the checkpoint, which is logged. Nothing changes if
     a name or a width is refused. Raises ElastiqError for these, and for a model without nested planes.
     """
-    matrices = nested_matrices(model)
+    bits, matrices = plain_widths(bits), nested_matrices(model)
     if not matrices:
         raise ElastiqError("set_bits: this model has no nested planes; load it with elastiq.load")
     reader = getattr(model, _READER, None)
@@ -216,9 +217,17 @@ def map_widths(
     reader: CheckpointReader, bits: float | str | Path | Mapping[str, Width] | LevelMap
 ) -> dict[str, Width]:
     """{matrix name: width} of anything but a uniform width."""
+    bits = plain_widths(bits)
     if isinstance(bits, float):
         return dict(allocate(reader, Budget(bits=bits)).level_map.widths)
     return _given(bits)
+
+
+def plain_widths(bits: Any) -> Any:
+    """Widths as a caller gives them, with numbers of other libraries as Python's own."""
+    if isinstance(bits, Mapping):
+        return {name: plain_count(width, str(name)) for name, width in bits.items()}
+    return plain_number(bits, "bits")
 
 
 def _given(bits: str | Path | Mapping[str, Width] | LevelMap) -> dict[str, Width]:

@@ -20,8 +20,8 @@ from ..checkpoint import CheckpointReader
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.names import BASE, CHECKSUMS, QUANT_METHOD, plane_file
 from ..checkpoint.tensors import read_header
-from ..core import ElastiqError
-from ..inference.loading import Widths, attach, untie_stored
+from ..core import ElastiqError, LevelMap
+from ..inference.loading import Widths, attach, plain_widths, untie_stored
 from ..runtime import accelerate, nested_matrices, swap
 
 
@@ -38,7 +38,7 @@ class ElastiqConfig(QuantizationConfigMixin):
 
     def __init__(self, bits: Widths | None = None, quant_method: str = QUANT_METHOD, **manifest: Any) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]  # a string for methods from outside
-        self.bits = bits
+        self.bits = plain_widths(dict(bits.widths) if isinstance(bits, LevelMap) else bits)
         self.__dict__.update(manifest)
 
     def get_loading_attributes(self) -> dict[str, Any]:
@@ -141,6 +141,8 @@ class ElastiqQuantizer(HfQuantizer):
 def _widths(manifest: Manifest, bits: Widths | None, where: str) -> dict[str, int]:
     """Width of every matrix. Raises ElastiqError for a name or a width that the checkpoint does not have."""
     widest = manifest.widths[-1]
+    if not (bits is None or isinstance(bits, int | Mapping)):
+        raise ElastiqError(f"{where}: bits={bits!r:.60} is no width and no table of widths; use elastiq.load for these")
     widths = dict.fromkeys(manifest.matrices, bits if isinstance(bits, int) else widest)
     for name, width in (bits if isinstance(bits, Mapping) else {}).items():
         if name not in manifest.matrices:

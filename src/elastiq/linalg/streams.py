@@ -6,7 +6,6 @@ With a single level this is GPTQ (Frantar et al. 2023, algorithm 1) followed by 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..core import MIN_SCALE, Grid, derive, to_half
 from . import columns
 from .columns import LANES, Nest
+from .threads import in_chunks
 
 LOW = 4
 """Widest level that refinement leaves alone."""
@@ -104,15 +104,9 @@ _Part = tuple[Tensor, Tensor, Tensor]
 
 
 def _by_rows(solve: Callable[[slice], _Part], num_rows: int) -> _Part:
-    """The results of `solve` for chunks of all rows, put together; as many chunks at a time as torch has threads."""
+    """The results of `solve` for chunks of all rows, put together."""
     chunks = [slice(first, first + ROW_CHUNK) for first in range(0, num_rows, ROW_CHUNK)]
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(min(threads, len(chunks)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            parts = list(pool.map(solve, chunks))
-    finally:
-        torch.set_num_threads(threads)  # part of it is one setting for all threads
-    codes, scale, zero = zip(*parts, strict=True)
+    codes, scale, zero = zip(*in_chunks(solve, chunks), strict=True)
     return torch.cat(codes), torch.cat(scale, dim=1), torch.cat(zero, dim=1)
 
 

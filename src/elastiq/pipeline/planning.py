@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..core import Format, Recipe, Site
+from ..core import Format, Recipe, Site, plain_count
 from ..formats import Integer
 from ..models import Layout, ModelSource, build_skeleton, discover
 from ..recipes import nested
@@ -57,6 +57,7 @@ def plan(
     revision: str | None = None,
 ) -> Plan:
     """What `quantize` would do with these arguments: matrices, sizes, memory, time. Reads no weight, writes nothing."""
+    num_samples, seq_len = plain_count(num_samples, "num_samples"), plain_count(seq_len, "seq_len")
     source = ModelSource(model, revision)
     skeleton = build_skeleton(source, torch.float32)
     return plan_of(source, skeleton, discover(skeleton), recipe or DEFAULT_RECIPE, num_samples, seq_len)
@@ -66,7 +67,7 @@ def plan_of(source: ModelSource, skeleton: Any, layout: Layout, recipe: Recipe, 
     """The plan for a model whose structure is known; `skeleton` may be on meta."""
     sites = layout.sites + (layout.outer if recipe.embeddings else ())
     total = sum({id(p): p.numel() for p in skeleton.parameters()}.values())
-    base = 2 * (total - sum(site.num_weights for site in sites))
+    base = total - sum(site.num_weights for site in sites)
     weights = sum(site.num_weights for site in sites)
     planes = sum(site.shape[0] * -(-site.shape[1] // 8) for site in sites)
     scales = sum(site.shape[0] * recipe.format.overhead(site.shape[1]) for site in sites) // 8
@@ -75,8 +76,8 @@ def plan_of(source: ModelSource, skeleton: Any, layout: Layout, recipe: Recipe, 
     for index, level in enumerate(recipe.levels):
         levels[level] = {
             "bits_per_weight": 8 * (planes * level + scales) / weights,
-            "bytes_in_memory": base + planes * level + held * (index + 1),
-            "bytes_on_disk": base + planes * level + scales * (index + 1),
+            "bytes_in_memory": 4 * base + planes * level + held * (index + 1),
+            "bytes_on_disk": 2 * base + planes * level + scales * (index + 1),
         }
     states = 4 * num_samples * seq_len * skeleton.config.get_text_config().hidden_size
     memory = _memory_estimate(layout, recipe, states)

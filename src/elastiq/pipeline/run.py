@@ -37,6 +37,8 @@ from ..core import (
     Tuner,
     common_power,
     held,
+    plain_count,
+    total,
 )
 from ..evaluate import doubts, mean_error, write_card
 from ..foreign.importing import ordinary
@@ -64,10 +66,10 @@ class Summary:
     """What a run did.
 
     levels: level -> bits_per_weight (counted over the quantized matrices), bytes_in_memory (the planes up to that level
-    with their scales, and everything in 16 bits), bytes_on_disk (the files a reader of that level needs), error (mean
-    over the matrices of the relative output error, None for a level that was tuned afterwards). tuning: level -> the
-    tuner's loss before and after, on windows it did not train on. already_finished: nothing was done, the checkpoint
-    was there.
+    with their scales, and everything else in float32, as a processor holds it), bytes_on_disk (the files a reader of
+    that level needs), error (mean over the matrices of the relative output error, None for a level that was tuned
+    afterwards). tuning: level -> the tuner's loss before and after, on windows it did not train on. already_finished:
+    nothing was done, the checkpoint was there.
     """
 
     output: str
@@ -110,6 +112,7 @@ def quantize(
     same call after a crash resumes, and gives the same bytes (with the same number of threads, where it tunes). Raises
     ElastiqError, with a sentence, for input that cannot be handled; nothing half-written is left at `output`.
     """
+    num_samples, seq_len = plain_count(num_samples, "num_samples"), plain_count(seq_len, "seq_len")
     with ordinary(model, Path(output)) as directory:
         return _quantize(
             directory, output, recipe or DEFAULT_RECIPE, calibration, num_samples, seq_len, tuning, revision, device,
@@ -410,8 +413,8 @@ def _as_stored(term: Term, format: Format) -> Term:
 def _energy(matrix: Tensor, stats: Stats) -> float:
     """tr(M H Mᵀ) for M [out, in], or with the diagonal of H where that is all there is."""
     if stats.get("hessian") is not None and stats.total:
-        return float(((matrix @ stats.mean_hessian()) * matrix).sum(dtype=torch.float64))
-    return float((matrix.square() @ stats.mean_diagonal(matrix.shape[1])).sum(dtype=torch.float64))
+        return total((matrix @ stats.mean_hessian()) * matrix)
+    return total(matrix.square() @ stats.mean_diagonal(matrix.shape[1]))
 
 
 def _base(source: ModelSource, layout: Layout, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:

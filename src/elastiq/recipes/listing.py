@@ -1,4 +1,4 @@
-"""Every registered part as data: what it is, what it takes, whose it is."""
+"""Every registered part and every recipe as data: what it is, what it takes, whose it is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from ..core import Recipe, Step
+from . import get, names
 
 _PAPER = re.compile(r"(\w[\w.+#-]*),?\s\(?(\d{4}\.\d{4,5})")
 
@@ -14,6 +15,15 @@ _PAPER = re.compile(r"(\w[\w.+#-]*),?\s\(?(\d{4}\.\d{4,5})")
 def methods() -> list[dict[str, Any]]:
     """One row per part, by slot and name: name, slot, paper, needs, bits, about (its docstring's first paragraph)."""
     return [_row(step) for slot in sorted(Step.registry) for _, step in sorted(Step.registry[slot].items())]
+
+
+def recipe_rows() -> list[dict[str, Any]]:
+    """One row per recipe: name, its slots as `Recipe.to_dict` gives them, and the papers behind them."""
+    made = ((name, get(name)) for name in names())
+    return [
+        {"name": name, "slots": recipe.to_dict(), "paper": sorted(set().union(*papers(recipe).values()))}
+        for name, recipe in made
+    ]
 
 
 def papers(recipe: Recipe) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..evaluate import kind, level_error, short_kinds
+from ..evaluate import kind, level_error, mean_error, short_kinds
 from .charts import Line
 
 _MAX_COLUMNS = 128
@@ -99,22 +99,28 @@ def _colour(position: float) -> str:
     return "#{:02x}{:02x}{:02x}".format(*mixed)
 
 
-def hardest(table: Sequence[dict[str, Any]], levels: Sequence[int], count: int = 10) -> list[dict[str, Any]]:
-    """The matrices with the largest error summed over levels in proportion to each level's mean: name and errors."""
-    means = {}
-    for level in levels:
-        errors = [e for row in table if (e := level_error(row, level)) is not None]
-        means[level] = sum(errors) / len(errors) if errors else 0.0
-    used = [level for level in levels if means[level] > 0]
+@dataclass(frozen=True)
+class Hardest:
+    """The matrices that lose most. levels: those that have errors (a tuned level has none). rows: name, shape, and an
+    error, or None, for each of `levels`."""
+
+    levels: tuple[int, ...]
+    rows: tuple[dict[str, Any], ...]
+
+
+def hardest(table: Sequence[dict[str, Any]], levels: Sequence[int], count: int = 10) -> Hardest:
+    """The `count` matrices with the largest error summed over levels in proportion to each level's mean."""
+    means = {level: mean for level in levels if (mean := mean_error(table, level))}
 
     def weight(row: dict[str, Any]) -> float:
-        return sum((level_error(row, level) or 0.0) / means[level] for level in used)
+        return sum((level_error(row, level) or 0.0) / mean for level, mean in means.items())
 
-    worst = sorted((row for row in table if used), key=weight, reverse=True)[:count]
-    return [
-        {"name": row["name"], "shape": row["shape"], "errors": [level_error(row, level) for level in levels]}
+    worst = sorted((row for row in table if means), key=weight, reverse=True)[:count]
+    rows = (
+        {"name": row["name"], "shape": row["shape"], "errors": [level_error(row, level) for level in means]}
         for row in worst
-    ]
+    )
+    return Hardest(tuple(means), tuple(rows))
 
 
 def activation_lines(table: Sequence[dict[str, Any]]) -> list[Line]:

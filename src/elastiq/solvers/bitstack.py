@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core import ElastiqError, Format, Solver, Stats, Term, to_half
+from ..core import ElastiqError, Format, Solver, Stats, Term, mean, to_half
+from ..linalg import leading_triplets
 from ..parts import Diagonal, SignStack
 
 
@@ -37,14 +38,14 @@ class BitStack(Solver, name="bitstack"):
         if tuple(format.levels) != tuple(range(1, count + 1)):
             raise ElastiqError(f"bitstack: levels={format.levels} must be 1 to n, one per block")
         size = stats.mean_diagonal(weight.shape[1]).to(weight.device).sqrt()
-        scale = Diagonal.of((size / size.mean().clamp_min(1e-30)).clamp(1e-3, 1e3))
+        scale = Diagonal.of((size / max(mean(size), 1e-30)).clamp(1e-3, 1e3))
         rest = weight.clone()
         signs: list[Tensor] = []
         lefts: list[Tensor] = []
         rights: list[Tensor] = []
         for _ in range(count):
             sign = rest >= 0
-            left, values, right = _leading(scale.into(rest).abs(), self.rank)
+            left, values, right = leading_triplets(scale.into(rest).abs(), self.rank)
             root = values.sqrt()
             left, right = to_half(left * root), to_half(scale.out_of(root[:, None] * right))
             rest = rest - torch.where(sign, left @ right, -(left @ right))
@@ -52,9 +53,3 @@ class BitStack(Solver, name="bitstack"):
             lefts.append(left)
             rights.append(right)
         return (SignStack.of(signs, lefts, rights),)
-
-
-def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplets; rank at most the smaller side."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left[:, :rank], values[:rank], right[:rank]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core import Format, SideTerm, Split, Stats, to_half
+from ..core import Format, SideTerm, Split, Stats, mean, to_half
 from ..parts import Channels
 
 
@@ -35,7 +36,7 @@ class OutlierFeatures(Split, name="llm-int8"):
         abs_max = stats.get("abs_max")
         if abs_max is None:
             return weight, ()
-        unit = float(stats.mean_diagonal(weight.shape[1]).mean().sqrt()) if self.relative else 1.0
+        unit = math.sqrt(mean(stats.mean_diagonal(weight.shape[1]))) if self.relative else 1.0
         index = torch.nonzero(abs_max >= self.threshold * unit).flatten().to(weight.device)
         if not len(index):
             return weight, ()

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core import ElastiqError, Fold, Format, Stats, Transform
+from ..core import ElastiqError, Fold, Format, Stats, Transform, total
 from ..parts import Diagonal
 
 
@@ -49,7 +49,7 @@ class ActivationAware(Transform, name="awq"):
                 inner = fold.into(weight)
                 grid = format.fit(inner, fold.stats(stats))
                 error = weight - fold.out_of(grid.dequantize(grid.quantize(inner), grid.bits))
-                loss += float(((error @ hessian.to(error)) * error).sum(dtype=torch.float64))
+                loss += total((error @ hessian.to(error)) * error)
             if loss < best:
                 best, found = loss, fold.scale.float()
         return Diagonal.of(found)

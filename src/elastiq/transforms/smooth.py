@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core import ElastiqError, Fold, Format, Stats, Transform
+from ..core import ElastiqError, Fold, Format, Stats, Transform, mean
 from ..parts import Diagonal
 
 
@@ -38,4 +39,4 @@ class SmoothQuant(Transform, name="smooth"):
             raise ElastiqError("smooth: the largest inputs are not known here; put it before a rotation")
         x = abs_max.to(weight.device).clamp_min(1e-5)
         scale = x**self.alpha / weight ** (1 - self.alpha)
-        return Diagonal.of(scale / scale.log().mean().exp())
+        return Diagonal.of(scale / math.exp(mean(scale.log())))
