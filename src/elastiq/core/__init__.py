@@ -11,7 +11,7 @@ from .allocation import (
     Solution,
     non_increasing,
 )
-from .error import ElastiqError
+from .error import ElastiqError, first_line, library_errors
 from .fold import Fold, fold_in, fold_out
 from .grid import MAX_BITS, CodeGrid, Codes, Grid, derive
 from .level_map import LevelMap, Width, widest, width_counts
@@ -81,10 +81,12 @@ __all__ = [
     "decode_level",
     "derive",
     "encode_level",
+    "first_line",
     "fold_in",
     "fold_out",
     "is_read",
     "level_specs",
+    "library_errors",
     "non_increasing",
     "rounded",
     "step_from_dict",
