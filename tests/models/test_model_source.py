@@ -273,8 +273,8 @@ def test_an_adapter_beside_the_model_is_refused(broken: Path) -> None:
     [
         ({"dtype": "torch.bfloat16"}, r"config\.json is not read by transformers .*torch\.bfloat16'\); mend"),
         ({"dtype": "auto"}, r"config\.json is not read by transformers .*'auto'\); mend"),
-        ({"dtype": "int8"}, r"says dtype torch\.int8, in which no weights are; write float16, bfloat16 or float32"),
-        ({"dtype": 16}, "says dtype 16, in which no weights are"),
+        ({"dtype": "int8"}, r"says dtype torch\.int8, which no weights have; write float16, bfloat16 or float32"),
+        ({"dtype": 16}, "says dtype 16, which no weights have"),
         ({"vocab_size": "257"}, r"config\.json is not read by transformers .*'vocab_size'"),
         ({"num_attention_heads": 0}, r"config\.json is not read by transformers .*zero\); mend"),
         ({"hidden_act": "no_such"}, r"makes no model of its config\.json \(KeyError: 'no_such'\); mend that value"),

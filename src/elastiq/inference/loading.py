@@ -27,6 +27,7 @@ from ..runtime import (
     accelerate,
     bits_per_weight,
     bytes_in_memory,
+    keep_a_parameter,
     nested_matrices,
     rearrange,
     swap,
@@ -91,6 +92,7 @@ def load(
     if (reader.path / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(reader.path)
     attach(model, reader)
+    keep_a_parameter(model)
     nn.Module.to(model, torch.device(device))
     accelerate(model)
     return model

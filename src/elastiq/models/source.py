@@ -169,7 +169,7 @@ def _read_config(path: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
         dtypes = [part.dtype for part in parts]
     for dtype in dtypes:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ElastiqError(f"{file} says dtype {dtype}, in which no weights are; write float16, bfloat16 or float32")
+            raise ElastiqError(f"{file} says dtype {dtype}, which no weights have; write float16, bfloat16 or float32")
     for part in parts:
         for key in _SETTINGS:
             part.__dict__.pop(key, None)
