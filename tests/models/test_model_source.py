@@ -305,3 +305,12 @@ def test_a_tokenizer_of_tomorrow_is_a_sentence(broken: Path) -> None:
     file.write_text(json.dumps(data))
     with pytest.raises(ElastiqError, match=r"the tokenizer cannot be loaded \(.+\); copy its files again"):
         ModelSource(broken).tokenizer()
+
+
+def test_a_head_that_no_file_holds_is_not_made_up(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["lm_head.weight"]  # transformers would warn, and take random numbers
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    source = ModelSource(broken)
+    with pytest.raises(ElastiqError, match=r"no tensor for the parameter lm_head\.weight"):
+        load_module(build_skeleton(source, torch.float32), "lm_head", source, torch.float32, "cpu")
