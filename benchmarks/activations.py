@@ -14,8 +14,8 @@ from transformers import DynamicCache
 import elastiq
 from elastiq.evaluate import write_json
 from elastiq.kernels.matmul.cpu import DIGITS
+from elastiq.models import load_tokenizer
 from elastiq.runtime import nested_matrices
-from elastiq.text.evaluation import load_tokenizer
 
 TOKENS = 8
 """Given at a time: few enough to be multiplied on the planes in every mode."""

@@ -13,8 +13,10 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from elastiq.core import ElastiqError
+from elastiq.evaluate import load_full
 from elastiq.models import ModelSource, build_skeleton, load_module
 from elastiq.models import source as source_module
 
@@ -124,12 +126,12 @@ def test_missing_shard_is_named(sharded: Path) -> None:
 def test_truncated_shard_is_named(broken: Path, sharded: Path) -> None:
     file = broken / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ElastiqError, match=r"model\.safetensors is truncated or damaged .*; download it again"):
+    with pytest.raises(ElastiqError, match=r"model\.safetensors is damaged or cannot be read .*; download it again"):
         ModelSource(broken)
     source = ModelSource(sharded)
     shard = sharded / source.shards[-1]
     shard.write_bytes(shard.read_bytes()[:40])
-    with pytest.raises(ElastiqError, match=f"{shard.name} is truncated or damaged"):
+    with pytest.raises(ElastiqError, match=f"{shard.name} is damaged or cannot be read"):
         load_module(build_skeleton(source, torch.float32), "", source, torch.float32, "cpu")
 
 
@@ -138,7 +140,7 @@ def test_unreadable_shard_is_named(broken: Path, monkeypatch: pytest.MonkeyPatch
         raise PermissionError("Permission denied")
 
     monkeypatch.setattr(source_module, "safe_open", denied)
-    with pytest.raises(ElastiqError, match=r"model\.safetensors cannot be read \(Permission denied\)"):
+    with pytest.raises(ElastiqError, match=r"model\.safetensors is damaged or cannot be read \(Permission denied\)"):
         ModelSource(broken)
 
 
@@ -148,9 +150,10 @@ def test_index_that_lies(sharded: Path) -> None:
     name, shards = "model.norm.weight", sorted(set(good["weight_map"].values()))
     wrong = next(shard for shard in shards if shard != good["weight_map"][name])
     index.write_text(json.dumps({"weight_map": {**good["weight_map"], name: wrong}}))
-    source = ModelSource(sharded)
-    with pytest.raises(ElastiqError, match=r"does not hold the tensor model\.norm\.weight that the index promises"):
-        load_module(build_skeleton(source, torch.float32), "model.norm", source, torch.float32, "cpu")
+    assert ModelSource(sharded).tensor_files == good["weight_map"]  # the files have the last word, as in transformers
+    index.write_text(json.dumps({"weight_map": {**good["weight_map"], "model.lost.weight": wrong}}))
+    with pytest.raises(ElastiqError, match=r"promises the tensor model\.lost\.weight, which no file holds; download"):
+        ModelSource(sharded)
     index.write_text(json.dumps({"weight_map": {name: "../elsewhere.safetensors"}}))
     with pytest.raises(ElastiqError, match="names a shard outside its directory"):
         ModelSource(sharded)
@@ -185,7 +188,7 @@ def test_already_quantized_model(broken: Path) -> None:
     with pytest.raises(ElastiqError, match=r"is already quantized \(quant_method unknown\)"):
         ModelSource(broken)
     edit_config(broken, quantization_config=None)
-    assert ModelSource(broken).config.quantization_config is None
+    assert "quantization_config" not in ModelSource(broken).config.to_dict()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -211,3 +214,103 @@ def test_missing_and_misshapen_tensors_are_named(broken: Path) -> None:
         load_module(model, "model.layers.1", source, torch.float32, "cpu")
     with pytest.raises(ElastiqError, match=r"model\.norm\.weight has the shape \[3\] .* config\.json says \[64\]"):
         load_module(model, "model.norm", source, torch.float32, "cpu")
+
+
+def from_pretrained(directory: Path) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict())
+
+
+def assert_as_transformers(directory: Path) -> None:
+    """quantize reads what transformers reads, and `--against` is compared with the same."""
+    source = ModelSource(directory)
+    model = build_skeleton(source, torch.float32)
+    load_module(model, "", source, torch.float32, "cpu")
+    expected = from_pretrained(directory)
+    for found in (model.state_dict(), load_full(directory, None, "cpu", torch.float32).state_dict()):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_one_file_comes_before_a_stale_index(sharded: Path, tmp_path: Path) -> None:
+    old = load_file(sharded / ModelSource(sharded).shards[0])
+    torch.manual_seed(1)
+    tiny.make_model("llama", tmp_path / "new")
+    tensors = {name: value + 1 for name, value in load_file(tmp_path / "new/model.safetensors").items()}
+    save_file(tensors, sharded / "model.safetensors", {"format": "pt"})
+    source = ModelSource(sharded)
+    assert source.shards == ("model.safetensors",) and source_module.INDEX not in source.fingerprint()
+    assert_as_transformers(sharded)
+    with source.open() as reader:
+        assert not any(torch.equal(reader.read(name), value) for name, value in old.items())
+    for shard in sharded.glob("model-*"):  # whatever became of the index's files
+        shard.unlink()
+    assert_as_transformers(sharded)
+
+
+def test_files_have_the_last_word_over_their_index(sharded: Path) -> None:
+    index = sharded / source_module.INDEX
+    good = json.loads(index.read_text())
+    shards = sorted(set(good["weight_map"].values()))
+    last = load_file(sharded / shards[-1])
+    twice = next(name for name, shard in good["weight_map"].items() if shard == shards[0])
+    last[twice] = load_file(sharded / shards[0])[twice] + 1  # in two files: the last one counts
+    save_file(last, sharded / shards[-1], {"format": "pt"})
+    for name, shard in good["weight_map"].items():  # every entry names a wrong file, and one tensor has no entry
+        good["weight_map"][name] = shards[shards.index(shard) - 1]
+    del good["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(good))
+    assert_as_transformers(sharded)
+
+
+def test_an_adapter_beside_the_model_is_refused(broken: Path) -> None:
+    (broken / "adapter_config.json").write_text("{}")  # transformers would add it, or load another model
+    with pytest.raises(ElastiqError, match=r"holds an adapter beside the model \(adapter_config\.json\); merge it"):
+        ModelSource(broken)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dtype": "torch.bfloat16"}, r"config\.json is not read by transformers .*torch\.bfloat16'\); mend"),
+        ({"dtype": "auto"}, r"config\.json is not read by transformers .*'auto'\); mend"),
+        ({"dtype": "int8"}, r"says dtype torch\.int8, which no weights have; write float16, bfloat16 or float32"),
+        ({"dtype": 16}, "says dtype 16, which no weights have"),
+        ({"vocab_size": "257"}, r"config\.json is not read by transformers .*'vocab_size'"),
+        ({"num_attention_heads": 0}, r"config\.json is not read by transformers .*zero\); mend"),
+        ({"hidden_act": "no_such"}, r"makes no model of its config\.json \(KeyError: 'no_such'\); mend that value"),
+        ({"rope_parameters": "linear"}, r"config\.json"),
+        ({"pad_token_id": 9999}, r"makes no model of its config\.json \(Padding_idx must be within num_embeddings\)"),
+        ({"model_type": None}, "the architecture None is not part of transformers"),
+        ({"model_type": ["llama"]}, r"the architecture \['llama'\] is not part of transformers"),
+        ({"architectures": 3}, "the architecture 3 is not a causal language model"),
+        ({"architectures": [None]}, "the architecture None is not a causal language model"),
+        ({"text_config": 3}, r"config\.json"),
+    ],
+)
+def test_values_of_unexpected_kinds_end_in_a_sentence(broken: Path, changes: dict[str, object], sentence: str) -> None:
+    edit_config(broken, **changes)
+    with pytest.raises(ElastiqError, match=sentence):
+        build_skeleton(ModelSource(broken), torch.float32)
+
+
+def test_a_class_name_alone_says_what_a_list_of_it_says(broken: Path) -> None:
+    edit_config(broken, architectures="LlamaForCausalLM")
+    assert type(build_skeleton(ModelSource(broken), torch.float32)).__name__ == "LlamaForCausalLM"
+
+
+def test_a_tokenizer_of_tomorrow_is_a_sentence(broken: Path) -> None:
+    file = broken / "tokenizer.json"
+    data = json.loads(file.read_text())
+    data["model"]["type"] = "KindOfTomorrow"
+    file.write_text(json.dumps(data))
+    with pytest.raises(ElastiqError, match=r"the tokenizer cannot be loaded \(.+\); copy its files again"):
+        ModelSource(broken).tokenizer()
+
+
+def test_a_head_that_no_file_holds_is_not_made_up(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["lm_head.weight"]  # transformers would warn, and take random numbers
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    source = ModelSource(broken)
+    with pytest.raises(ElastiqError, match=r"no tensor for the parameter lm_head\.weight"):
+        load_module(build_skeleton(source, torch.float32), "lm_head", source, torch.float32, "cpu")

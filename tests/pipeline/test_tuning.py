@@ -19,14 +19,13 @@ from elastiq.allocate import Budget, allocate
 from elastiq.checkpoint import CheckpointReader
 from elastiq.compensators import LowRankError
 from elastiq.core import Transform
-from elastiq.models import ModelSource, build_skeleton, discover, load_module
+from elastiq.models import ModelSource, build_skeleton, discover, load_module, load_tokenizer
 from elastiq.pipeline import tuning
 from elastiq.pipeline.planning import plan
 from elastiq.pipeline.run import quantize
 from elastiq.runtime import nested_matrices
 from elastiq.splits import SensitiveWeights
 from elastiq.text.calibration import calibration_ids, tuning_ids
-from elastiq.text.evaluation import load_tokenizer
 from elastiq.transforms import ActivationAware, RandomHadamard
 from elastiq.tuners import CoDistillation, ScaleTuning
 

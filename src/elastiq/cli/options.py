@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..core import MAX_BITS, ElastiqError
+from ..core import MAX_BITS, library_errors
 from ..evaluate import write_json
 
 
@@ -77,11 +77,8 @@ def mean_widths(option: str, text: str) -> list[float]:
 
 def usable_device(name: str) -> str:
     """The device if torch can use it here."""
-    try:
+    with library_errors(f"device {name!r} cannot be used", "use --device cpu"):
         torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = next(iter(str(error).splitlines()), "unknown to torch")
-        raise ElastiqError(f"device {name!r} cannot be used ({reason}); use --device cpu") from None
     return name
 
 

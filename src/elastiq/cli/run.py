@@ -11,11 +11,11 @@ import typer
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from ..allocate import Budget, allocate, parse_bytes, read_map
-from ..core import MAX_BITS, ElastiqError, LevelMap
+from ..core import MAX_BITS, ElastiqError, LevelMap, library_errors
 from ..evaluate import evaluate, evaluate_tasks
 from ..inference.generation import generate
 from ..inference.loading import load
-from ..text.evaluation import load_tokenizer
+from ..models import load_tokenizer
 from .app import app
 from .options import (
     DTYPES,
@@ -144,12 +144,10 @@ def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -
         ids: Any = tokenizer(prompt, return_tensors="pt")["input_ids"]
     else:
         messages = [{"role": "user", "content": prompt}]
-        try:
+        with library_errors("the model's chat template cannot render the prompt", "use --raw"):
             rendered: Any = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-        except Exception as error:  # templates are programs of their own and raise what they like
-            raise ElastiqError(f"the model's chat template cannot render the prompt ({error}); use --raw") from None
         ids = rendered["input_ids"]
     if not ids.shape[-1]:
         raise ElastiqError("the prompt is empty; give some text")

@@ -11,7 +11,7 @@ from .allocation import (
     Solution,
     non_increasing,
 )
-from .error import ElastiqError
+from .error import ElastiqError, first_line, library_errors
 from .fold import Fold, fold_in, fold_out
 from .grid import MAX_BITS, CodeGrid, Codes, Grid, derive
 from .half import held, require_held
@@ -88,11 +88,13 @@ __all__ = [
     "decode_level",
     "derive",
     "encode_level",
+    "first_line",
     "fold_in",
     "fold_out",
     "held",
     "is_read",
     "level_specs",
+    "library_errors",
     "mean",
     "non_increasing",
     "plain_count",

@@ -1,7 +1,7 @@
 """What a checkpoint, or a model before it, is worth."""
 
 from ..checkpoint.sizes import checkpoint_files, full_bytes, level_sizes, megabytes
-from ..text.evaluation import load_tokenizer, read_text, windows
+from ..text.evaluation import read_text, windows
 from .card import made_by, write_card
 from .evaluation import evaluate, load_full
 from .kinds import kind, short_kinds
@@ -19,7 +19,6 @@ __all__ = [
     "level_error",
     "level_sizes",
     "load_full",
-    "load_tokenizer",
     "made_by",
     "mean_error",
     "megabytes",

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..allocate import complete
 from ..checkpoint import CheckpointReader
 from ..checkpoint.sizes import full_bytes, map_mean_bits, map_sizes
-from ..core import ElastiqError, LevelMap, Width, plain_count, widest
+from ..core import ElastiqError, LevelMap, Width, library_errors, plain_count, widest
 from ..inference.loading import load, map_widths, plain_widths, set_bits
-from ..models import ModelSource, give_back_memory
-from ..text.evaluation import load_tokenizer, read_text, windows
+from ..models import ModelSource, build_skeleton, give_back_memory, load_module, load_tokenizer
+from ..text.evaluation import read_text, windows
 from .card import write_card
 from .record import keep
 from .scores import Scores
@@ -86,12 +86,18 @@ def evaluate(
 def load_full(model: str | Path, revision: str | None, device: str, dtype: torch.dtype) -> PreTrainedModel:
     """The 16-bit model in evaluation mode; only safetensors are read and no code of a repository runs.
 
+    transformers reads it, so that what `quantize` read is compared with somebody else's reading.
     Raises ElastiqError if it is not a model transformers can load.
     """
     source = ModelSource(model, revision)
-    full: Any = AutoModelForCausalLM.from_pretrained(
-        source.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
-    )
+    if source.is_eight_bit:  # which transformers reads for some devices and layouts, or without its scales
+        own = build_skeleton(source, dtype)
+        load_module(own, "", source, dtype, device)
+        return own
+    with library_errors(f"{source.path}: transformers cannot load it", "give a model that it loads"):
+        full: Any = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
     return full.to(device).eval()
 
 

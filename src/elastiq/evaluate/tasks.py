@@ -16,9 +16,9 @@ from ..checkpoint import CheckpointReader
 from ..checkpoint.files import MAX_JSON, sha256
 from ..checkpoint.names import TASKS
 from ..checkpoint.sizes import map_sizes
-from ..core import ElastiqError, LevelMap, widest
+from ..core import ElastiqError, LevelMap, library_errors, widest
 from ..inference.loading import load, set_bits
-from ..text.evaluation import load_tokenizer
+from ..models import load_tokenizer
 from .card import write_card
 from .evaluation import load_full, width_maps
 from .record import read_tasks, write_json
@@ -177,7 +177,9 @@ def _run(
     harness: Any, spec: dict[str, Any], model: Any, tokenizer: Any, limit: int | None, batch_size: int
 ) -> dict[str, float]:
     """Metrics of one task for a model as it stands."""
-    try:
+    with library_errors(
+        f"tasks: {spec['name']} cannot be run by lm-evaluation-harness", "mend the task, or leave it out"
+    ):  # tasks are programs of their own
         if "docs" in spec:
             import datasets
 
@@ -197,9 +199,6 @@ def _run(
             bootstrap_iters=0 if "docs" not in spec else 1000,
         )
         results = answered["results"]
-    except Exception as error:  # tasks are programs of their own and raise what they like
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ElastiqError(f"tasks: {spec['name']} cannot be run by lm-evaluation-harness ({reason})") from error
     row = results.get(spec["name"]) or next(iter(results.values()))
     return {
         name.partition(",")[0]: float(value)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import CheckpointReader
-from ..core import ElastiqError
+from ..core import ElastiqError, library_errors
 from ..inference.loading import Widths, load, map_widths, plain_widths
 from .awq import AWQDirectory
 from .compressed import CompressedTensors
@@ -110,13 +110,8 @@ def _check_forward(target: Target, work: Path, view: View) -> float:
     ids = torch.arange(_CHECKED_TOKENS).mul_(7919).remainder_(vocabulary).unsqueeze(0)
     expected = reference(input_ids=ids, use_cache=False).logits.double()
     del reference
-    try:
+    with library_errors(f"{target.name}: what was written cannot be opened", "this is a bug, please report it"):
         model = target.open(work, view)
-    except Exception as error:  # the readers of other packages raise what they like
-        raise ElastiqError(
-            f"{target.name}: what was written cannot be opened ({next(iter(str(error).splitlines()), error)}); "
-            "this is a bug, please report it"
-        ) from error
     logits = model(input_ids=ids, use_cache=False).logits[..., :vocabulary].double()
     difference = float((logits - expected).norm() / expected.norm())
     if not difference <= MOST_DIFFERENT:

@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.files import disk_errors, read_json
 from ..checkpoint.lock import try_lock
 from ..core import ElastiqError
+from ..models import is_eight_bit
 from .gguf.importing import import_gguf
 from .packed import METHODS, import_packed
 
@@ -62,5 +64,6 @@ def _is_foreign(model: Path) -> bool:
     if not (model / "config.json").is_file():
         return False
     config = read_json(model / "config.json")
-    settings = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(settings, dict) and settings.get("quant_method") in list(METHODS)
+    settings: Any = config.get("quantization_config") if isinstance(config, dict) else None
+    known = isinstance(settings, dict) and settings.get("quant_method") in list(METHODS)
+    return known and not is_eight_bit(settings)

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..checkpoint.files import json_bytes, range_chunks, read_json, write_durably
 from ..checkpoint.names import CONFIG, INDEX, travels_along
 from ..checkpoint.tensors import read_header, tensor_bytes, write_tensors
-from ..core import ElastiqError, held
-from ..models.source import tensor_files
+from ..core import ElastiqError, held, library_errors
+from ..models.source import SINGLE, tensor_files
 from . import bitsandbytes
 from .awq import awq_dense
 from .compressed import compressed_dense
@@ -59,10 +59,8 @@ def _write(
 
     def unpacked(layer: str) -> Tensor:
         arrays = {short: array(f"{layer}.{short}") for short in _SHORTS if f"{layer}.{short}" in files}
-        try:
+        with library_errors(f"{directory}: the arrays of {layer} do not fit together", "copy the model again"):
             values = dense(layer, arrays)
-        except _MISFITS as error:
-            raise ElastiqError(f"{directory}: the arrays of {layer} do not fit together ({error})") from None
         if not bool(torch.isfinite(values).all()):
             raise ElastiqError(f"{directory}: {layer} holds scales that are no numbers; copy it again")
         values = values.T if layer.rpartition(".")[2] in transposed else values
@@ -89,13 +87,14 @@ def _write(
 
 def _files(directory: Path) -> dict[str, Path]:
     """The file of every array: those that the index names, or all there are."""
-    shards, promised = sorted(directory.glob("*.safetensors")), {}
-    if not shards or (directory / INDEX).is_file():
-        promised = tensor_files(directory)
-        shards = sorted({directory / file for file in promised.values()})
-    files = {name: file for file in shards for name in read_header(file)[0]}
-    for name in sorted(promised.keys() - files.keys()):
-        raise ElastiqError(f"{directory / INDEX} promises {name}, which no file holds; get the model again")
+    shards = sorted(directory.glob("*.safetensors"))
+    if not shards or any((directory / usual).is_file() for usual in (SINGLE, INDEX)):
+        files = {name: directory / file for name, file in tensor_files(directory).items()}
+        shards = sorted(set(files.values()))
+    else:
+        files = {name: file for file in shards for name in read_header(file)[0]}
+    for file in shards:
+        read_header(file)  # which is stricter than the package's own reader
     return files
 
 
@@ -136,18 +135,6 @@ def _width(words: int, codes: int, layer: str) -> int:
     return bits
 
 
-_MISFITS = (
-    KeyError,
-    IndexError,
-    RuntimeError,
-    ValueError,
-    ZeroDivisionError,
-    TypeError,
-    AttributeError,
-    StopIteration,
-    OverflowError,
-)
-"""What reading arrays of another shape or type than they should have can raise."""
 _TRANSPOSED = {"gpt2": ("c_attn", "c_fc", "c_proj"), "openai-gpt": ("c_attn", "c_fc", "c_proj")}
 """Layers whose weight the model keeps as [in, out], by family."""
 _SHORTS = (

@@ -20,13 +20,14 @@ from ..checkpoint import CheckpointReader
 from ..checkpoint.files import read_json
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.names import BASE, CONFIG
-from ..core import ElastiqError, LevelMap, Width, plain_count, plain_number, require_held, widest
+from ..core import ElastiqError, LevelMap, Width, library_errors, plain_count, plain_number, require_held, widest
 from ..runtime import (
     MixedMatrix,
     NestedMatrix,
     accelerate,
     bits_per_weight,
     bytes_in_memory,
+    keep_a_parameter,
     nested_matrices,
     rearrange,
     swap,
@@ -71,7 +72,7 @@ def load(
     if _is_saved(Path(path)):
         return _load_saved(Path(path), bits, max_bits, memory, torch.device(device), dtype)
     reader = CheckpointReader(path, verify=verify)
-    config = _config(reader)
+    config = _config(reader.path, reader.config)
     model = _skeleton(reader, config, dtype or _dtype(config, torch.device(device)))
     untie_stored(model, reader.base_specs.keys() | {f"{name}.weight" for name in reader.manifest.matrices})
     for matrix in reader.manifest.matrices.values():
@@ -92,6 +93,7 @@ def load(
     if (reader.path / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(reader.path)
     attach(model, reader)
+    keep_a_parameter(model)
     nn.Module.to(model, torch.device(device))
     accelerate(model)
     return model
@@ -112,17 +114,12 @@ def _load_saved(
         raise ElastiqError(f"{path}: saved without its level table; give a width or a level map, no mean or memory")
     if max_bits is not None and max_bits > manifest.planes:
         raise ElastiqError(f"{path}: it holds {manifest.planes} planes, not {max_bits}; load the checkpoint itself")
-    config = AutoConfig.for_model(data.pop("model_type", None), **data)
-    try:
+    config = _config(path, data)
+    with library_errors(f"{path}: transformers cannot load it", "save it again"):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or _dtype(config, device), use_safetensors=True, trust_remote_code=False,
             local_files_only=True,
         )  # fmt: skip
-    except ElastiqError:
-        raise
-    except Exception as error:  # transformers raises what it likes
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ElastiqError(f"{path}: transformers cannot load it ({reason}); save it again") from error
     model.requires_grad_(False)
     if bits is not None:
         set_bits(model, bits)
@@ -248,17 +245,14 @@ def _hold(reader: CheckpointReader, matrices: Mapping[str, NestedMatrix], planes
     return size
 
 
-def _config(reader: CheckpointReader) -> PretrainedConfig:
-    data = {key: value for key, value in reader.config.items() if key != "quantization_config"}
+def _config(path: Path, found: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration of a checkpoint as transformers has it, without the quantization."""
+    data = {key: value for key, value in found.items() if key != "quantization_config"}
     model_type = data.pop("model_type", None)
-    try:
+    what = f"{path}: transformers {transformers.__version__} cannot read config.json of the architecture {model_type!r}"
+    with library_errors(what, "copy config.json again, or use a version of transformers that knows it"):
         config = AutoConfig.for_model(model_type, **data)
-    except Exception as error:
-        raise ElastiqError(
-            f"{reader.path}: transformers {transformers.__version__} cannot read config.json of the architecture "
-            f"{model_type!r} ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
-        ) from error
-    config._name_or_path = str(reader.path)
+    config._name_or_path = str(path)
     return config
 
 
@@ -272,13 +266,9 @@ def _dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype:
 def _skeleton(reader: CheckpointReader, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     config = copy.deepcopy(config)
     config._experts_implementation = "eager"
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:
-        raise ElastiqError(
-            f"{reader.path}: transformers {transformers.__version__} makes no causal language model of its config.json"
-        ) from error
+    what = f"{reader.path}: transformers {transformers.__version__} makes no causal language model of its config.json"
+    with library_errors(what, "copy config.json again"), init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.eval().requires_grad_(False)
     model.tie_weights()
     return model

@@ -30,7 +30,7 @@ from ..checkpoint.names import (
     travels_along,
 )
 from ..checkpoint.slice import narrow
-from ..core import MAX_BITS, ElastiqError
+from ..core import MAX_BITS, ElastiqError, library_errors
 from ..evaluate import write_card
 
 __all__ = ["pull", "push"]
@@ -132,14 +132,10 @@ def _belonging(names: Iterable[str], planes: int) -> set[str]:
 @contextmanager
 def _said_by_the_hub(repo: str) -> Iterator[None]:
     """Turn what the hub's client raises into one sentence."""
-    try:
-        yield
-    except ElastiqError:
-        raise
-    except RevisionNotFoundError:
-        raise ElastiqError(f"{repo}: it has no such revision; give a branch, tag or commit of it") from None
-    except RepositoryNotFoundError:
-        raise ElastiqError(f"{repo}: no such repository, or none you may read; run hf auth login") from None
-    except Exception as error:  # its client raises what it and its libraries like
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ElastiqError(f"{repo}: the hub says no ({reason}); mend that and run the command again") from error
+    with library_errors(f"{repo}: the hub says no", "mend that and run the command again"):
+        try:
+            yield
+        except RevisionNotFoundError:
+            raise ElastiqError(f"{repo}: it has no such revision; give a branch, tag or commit of it") from None
+        except RepositoryNotFoundError:
+            raise ElastiqError(f"{repo}: no such repository, or none you may read; run hf auth login") from None

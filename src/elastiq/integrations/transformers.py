@@ -22,7 +22,7 @@ from ..checkpoint.names import BASE, CHECKSUMS, QUANT_METHOD, plane_file
 from ..checkpoint.tensors import read_header
 from ..core import ElastiqError, LevelMap
 from ..inference.loading import Widths, attach, plain_widths, untie_stored
-from ..runtime import accelerate, nested_matrices, swap
+from ..runtime import accelerate, keep_a_parameter, nested_matrices, swap
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -114,6 +114,7 @@ class ElastiqQuantizer(HfQuantizer):
                 embedding.embed_scale = torch.tensor(scale, device=embedding.weight.device)
         if self._reader is not None:
             attach(model, self._reader)
+        keep_a_parameter(model)
         accelerate(model)
         return model
 

@@ -18,8 +18,9 @@ from ..checkpoint import CheckpointReader
 from ..core import Damage, Width
 from ..evaluate import load_full
 from ..inference.loading import load
+from ..models import load_tokenizer
 from ..runtime import NestedLinear, NestedMatrix, nested_matrices
-from ..text.evaluation import load_tokenizer, read_text, windows
+from ..text.evaluation import read_text, windows
 from .prefix import Prefix
 
 _KL_ROWS = 512

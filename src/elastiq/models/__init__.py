@@ -2,6 +2,7 @@
 
 from .discover import Layout, discover
 from .fused import fused_groups
+from .scaled import is_eight_bit
 from .skeleton import (
     build_skeleton,
     free_module,
@@ -10,7 +11,7 @@ from .skeleton import (
     load_module,
     read_parameter,
 )
-from .source import ModelSource
+from .source import ModelSource, load_tokenizer
 
 __all__ = [
     "Layout",
@@ -21,6 +22,8 @@ __all__ = [
     "free_parameter",
     "fused_groups",
     "give_back_memory",
+    "is_eight_bit",
     "load_module",
+    "load_tokenizer",
     "read_parameter",
 ]

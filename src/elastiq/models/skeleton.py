@@ -12,9 +12,9 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from ..core import ElastiqError
+from ..core import ElastiqError, library_errors
 from .source import ModelSource
 from .weight_map import WeightMap
 
@@ -32,14 +32,15 @@ def build_skeleton(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     _refuse(source)
     config.use_cache = False
     config._experts_implementation = "eager"
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, ImportError) as error:
+    version = transformers.__version__
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ElastiqError(
-            f"{source.path}: transformers {transformers.__version__} has no causal language model for the "
-            f"architecture {config.model_type!r}"
-        ) from error
+            f"{source.path}: transformers {version} has no causal language model for the architecture "
+            f"{config.model_type!r}"
+        )
+    what = f"{source.path}: transformers {version} makes no model of its config.json"
+    with library_errors(what, "mend that value"), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     _check_class(source, model)
     model.eval().requires_grad_(False)
     model.tie_weights()
@@ -164,7 +165,8 @@ def _refuse(source: ModelSource) -> None:
 
 def _check_class(source: ModelSource, model: PreTrainedModel) -> None:
     """A configuration alone does not say that the checkpoint is a language model; its architectures entry does."""
-    names = source.config.architectures or []
+    said = source.config.architectures or []
+    names = [str(name) for name in (said if isinstance(said, list) else [said])]
     known = [n for n in names if n == type(model).__name__ or "CausalLM" in n or "LMHead" in n]
     if names and not known:
         raise ElastiqError(

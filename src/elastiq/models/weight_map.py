@@ -53,6 +53,7 @@ class WeightMap:
         self._groups = _group(model, source, state)
         self._owner = {name: group for group in self._groups for name in group.targets() if name in state}
         self._dtypes = _fixed_dtypes(model, state, dtype)
+        self._floating = {name for name, tensor in state.items() if tensor.is_floating_point()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._owner
@@ -79,11 +80,11 @@ class WeightMap:
     ) -> Iterator[tuple[str, Tensor]]:
         dtype = self._dtypes.get(group.first, dtype)
         if group.converter is None:
-            yield group.first, self._read(group.tensors[-1][0], reader, dtype)
+            yield group.first, self._read(group.tensors[-1][0], group, reader, dtype)
             return
         converter: Any = copy.deepcopy(group.converter)
         for name, pattern in group.tensors:
-            converter.add_tensor(group.first, name, pattern, self._read(name, reader, dtype))
+            converter.add_tensor(group.first, name, pattern, self._read(name, group, reader, dtype))
         result = converter.convert(group.first, model=model, config=model.config)
         if isinstance(result, tuple):  # transformers 5.0 returns its error log too
             result = result[0]
@@ -91,10 +92,15 @@ class WeightMap:
             tensor = tensor[0] if isinstance(tensor, list) else tensor
             yield name, tensor.contiguous()
 
-    def _read(self, name: str, reader: TensorReader, dtype: torch.dtype) -> Tensor:
+    def _read(self, name: str, group: _Group, reader: TensorReader, dtype: torch.dtype) -> Tensor:
         stored = reader.read(name)
         if not stored.is_floating_point():
-            return stored.clone()
+            if self._floating.isdisjoint(group.targets()):
+                return stored.clone()
+            raise ElastiqError(
+                f"{self.source.path}: {name} is stored in {str(stored.dtype).removeprefix('torch.')} without scales "
+                "that are known; give the 16-bit model"
+            )
         if not bool(torch.isfinite(stored).all()):
             raise ElastiqError(
                 f"{self.source.path}: the tensor {name} holds NaN or infinite weights; "
@@ -116,7 +122,7 @@ def _group(model: PreTrainedModel, source: ModelSource, state: dict[str, Tensor]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = model.base_model_prefix
     groups: dict[str, _Group] = {}
-    for name in sorted(source.tensor_files, key=dot_natural_key):
+    for name in sorted(source.tensor_files.keys() - (source.scaling.companions - state.keys()), key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)

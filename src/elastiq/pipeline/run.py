@@ -183,7 +183,7 @@ def _quantize(
             tuned = tune(writer, source, layout, sites, recipe.levels, recipe.tuner, trained, dtype, device, report)
             info["tuning"] = {"texts": file_names(tuning), "windows": len(trained), "loss": tuned}
         report("writing the checkpoint", 0, 1)
-        writer.finish(_base(source, layout, recipe), source.path, _config(source), recipe, info)
+        writer.finish(_base(source, layout, recipe), source.path, _config(source, layout), recipe, info)
     write_card(output)
     for doubt in doubts(CheckpointReader(output, verify=False).table):
         log.warning("%s", doubt)
@@ -435,9 +435,15 @@ def _base(source: ModelSource, layout: Layout, recipe: Recipe) -> Iterator[tuple
         free_module(model, module)
 
 
-def _config(source: ModelSource) -> dict[str, Any]:
+def _config(source: ModelSource, layout: Layout) -> dict[str, Any]:
+    """config.json without code; a head that has weights of its own in the files is not called tied."""
     config: dict[str, Any] = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
     config.pop("auto_map", None)
+    config.pop("compression_config", None)
+    if layout.head is not None and not layout.tied:
+        for part, said in ((config, source.config), (config.get("text_config"), source.config.get_text_config())):
+            if isinstance(part, dict) and getattr(said, "tie_word_embeddings", False):
+                part["tie_word_embeddings"] = False
     return config
 
 

@@ -7,7 +7,7 @@ from .linear import NestedLinear, TiedHead
 from .mixed import MixedMatrix
 from .nested import NestedMatrix
 from .stored import StoredMatrix, readable_widths
-from .swap import bits_per_weight, bytes_in_memory, nested_matrices, rearrange, swap
+from .swap import bits_per_weight, bytes_in_memory, keep_a_parameter, nested_matrices, rearrange, swap
 
 __all__ = [
     "MixedMatrix",
@@ -20,6 +20,7 @@ __all__ = [
     "accelerate",
     "bits_per_weight",
     "bytes_in_memory",
+    "keep_a_parameter",
     "nested_matrices",
     "readable_widths",
     "rearrange",

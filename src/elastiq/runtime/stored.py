@@ -9,7 +9,18 @@ from typing import Any
 
 import torch
 
-from ..core import ArraySpec, ElastiqError, Part, RowPowers, Width, decode_level, is_read, level_specs, width_counts
+from ..core import (
+    ArraySpec,
+    ElastiqError,
+    Part,
+    RowPowers,
+    Width,
+    decode_level,
+    is_read,
+    level_specs,
+    library_errors,
+    width_counts,
+)
 
 ROLES = ("linear", "conv1d", "expert", "embedding", "head")
 
@@ -46,10 +57,8 @@ class StoredPart:
     def restore(self, found: Mapping[str, torch.Tensor]) -> Part:
         """The part from the matrix's arrays that are there; what belongs to planes not there is left out."""
         arrays = {name: found[self.prefix + name] for name in self.arrays if self.prefix + name in found}
-        try:
+        with library_errors(f"{self.kind}: the stored arrays do not make one", "copy the checkpoint again"):
             return Part.registry[self.kind].restore(arrays, self.facts)
-        except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
-            raise ElastiqError(f"{self.kind}: the stored arrays do not make one ({error})") from error
 
 
 @dataclass(frozen=True)

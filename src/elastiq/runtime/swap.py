@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from .linear import NestedLinear, TiedHead
 from .mixed import MixedExperts, MixedLinear, Part
 from .nested import NestedMatrix
 from .stored import StoredMatrix
+
+_EMPTY = "nothing_left"
+"""Name of the parameter of a model without parameters."""
 
 
 def swap(model: nn.Module, stored: StoredMatrix) -> None:
@@ -63,6 +66,20 @@ def rearrange(model: nn.Module, name: str, width: Width) -> NestedMatrix:
     setattr(parent, leaf, new)
     NestedMatrix.changes += 1
     return new
+
+
+def keep_a_parameter(model: nn.Module) -> None:
+    """Give a model whose every weight is nested one empty parameter, for transformers asks the first one for device and
+    precision. No state_dict has it."""
+    if next(model.parameters(), None) is None and (matrices := nested_matrices(model)):
+        held = next(iter(matrices.values()))
+        empty = torch.empty(0, dtype=held.dtype, device=held._like.device)
+        model.register_parameter(_EMPTY, nn.Parameter(empty, requires_grad=False))
+        model.register_state_dict_post_hook(_without_empty)
+
+
+def _without_empty(model: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    state.pop(_EMPTY, None)
 
 
 def bytes_in_memory(model: nn.Module) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..core import ElastiqError
+from ..core import ElastiqError, library_errors
 from ..embedded import calibration_text
 
 Calibration = str | Path | Sequence[str | Path | dict[str, Any]] | Tensor | None
@@ -133,7 +133,5 @@ def _render(record: Any, where: str, tokenizer: Any) -> str:
         raise ElastiqError(f'{where}: a record is {{"text": "..."}} or {{"messages": [...]}}')
     if not tokenizer.chat_template:
         raise ElastiqError(f"{where}: the model has no chat template to render messages with; give plain text")
-    try:
+    with library_errors(f"{where}: the chat template cannot render these messages", "mend them, or give plain text"):
         return tokenizer.apply_chat_template(record["messages"], tokenize=False)
-    except Exception as error:  # templates are programs of their own and raise what they like
-        raise ElastiqError(f"{where}: the chat template cannot render these messages: {error}") from error

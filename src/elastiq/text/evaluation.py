@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..core import ElastiqError
 
@@ -41,12 +41,3 @@ def windows(
             "window"
         )
     return torch.tensor(ids[: count * window], dtype=torch.int64).reshape(count, window)
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint. Raises ElastiqError if it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ElastiqError(f"{path}: its tokenizer cannot be loaded ({reason}); copy its files there") from None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from ...core import ElastiqError
+from ...core import ElastiqError, library_errors
 
 log = logging.getLogger("elastiq")
 
@@ -141,7 +141,8 @@ def _gemma3(writer: Any, config: Config) -> None:
 
 def _complete(config: Config) -> Config:
     """config.json with what transformers takes where it is silent."""
-    full: dict[str, Any] = AutoConfig.for_model(**config).to_dict()
+    with library_errors("gguf: transformers cannot read config.json", "copy it again from the original checkpoint"):
+        full: dict[str, Any] = AutoConfig.for_model(**config).to_dict()
     return full
 
 

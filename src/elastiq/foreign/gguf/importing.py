@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ...core import ElastiqError, held
+from ...core import ElastiqError, held, library_errors
 from ..target import write_aside
 
 try:
@@ -174,13 +174,10 @@ def _check_sizes(file: Path, header: GGUFHeader) -> None:
 
 
 def _convert(file: Path, work: Path) -> None:
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off
-            read: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except Exception as error:  # the reader raises what it likes
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ElastiqError(f"{file}: transformers cannot read it ({reason})") from error
+    quiet = contextlib.redirect_stderr(io.StringIO())  # its progress bar cannot be turned off
+    with library_errors(f"{file}: transformers cannot read it", "give the original model"), quiet:
+        read: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     config = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
     model: PreTrainedModel = type(read)(type(read.config).from_dict(config))
     model.load_state_dict(read.state_dict())
