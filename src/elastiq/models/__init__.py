@@ -2,6 +2,7 @@
 
 from .discover import Layout, discover
 from .fused import fused_groups
+from .generation import read_generation
 from .skeleton import (
     build_skeleton,
     free_module,
@@ -22,5 +23,6 @@ __all__ = [
     "fused_groups",
     "give_back_memory",
     "load_module",
+    "read_generation",
     "read_parameter",
 ]
