@@ -58,19 +58,43 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file, never through a link. Raises ElastiqError if it cannot be written."""
+    try:
+        replace_durably(path, lambda temporary: write_durably(temporary, [content]))
+    except OSError as error:
+        raise ElastiqError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
+
+
 def write_named(path: str | Path, content: bytes) -> None:
     """Write a file that the user named, whole or not at all; a link or a pipe that was named is written through.
 
     Raises ElastiqError if it cannot be written.
     """
     path = Path(path)
+    if not path.is_symlink() and (path.is_file() or not path.exists()):
+        replace_file(path, content)
+        return
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.write_bytes(content)
-        else:
-            replace_durably(path, lambda temporary: write_durably(temporary, [content]))
+        path.write_bytes(content)
     except OSError as error:
         raise ElastiqError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
+
+
+def check_named(path: Path) -> None:
+    """Raise ElastiqError, before any work is done, where `write_named` would fail or spoil a checkpoint."""
+    place = Path(os.path.realpath(path))
+    reason = ""
+    if place.is_dir():
+        reason = "it is a directory"
+    elif not place.parent.is_dir():
+        reason = f"there is no directory {place.parent}"
+    elif not os.access(place if place.exists() else place.parent, os.W_OK):
+        reason = "permission denied"
+    elif os.path.isfile(place.parent / CHECKSUMS) and place.name in {CHECKSUMS, *read_checksums(place.parent)}:
+        reason = f"it is part of the checkpoint {place.parent}"
+    if reason:
+        raise ElastiqError(f"{path}: cannot be written ({reason}); choose another file")
 
 
 def sync_directory(path: Path) -> None:

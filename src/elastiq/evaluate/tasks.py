@@ -21,7 +21,7 @@ from ..inference.loading import load, set_bits
 from ..text.evaluation import load_tokenizer
 from .card import write_card
 from .evaluation import load_full, width_maps
-from .record import read_tasks, write_json
+from .record import keep_json, read_tasks
 
 log = logging.getLogger("elastiq")
 
@@ -117,7 +117,7 @@ def evaluate_tasks(
 def _keep(path: str | Path, kept: dict[str, Any]) -> None:
     """A checkpoint that cannot be written is no reason to lose the result."""
     try:
-        write_json(Path(path) / TASKS, {"results": kept})
+        keep_json(Path(path) / TASKS, {"results": kept})
         write_card(path)
     except ElastiqError as error:
         log.warning("%s; nothing is kept for the next time", error)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..checkpoint import CheckpointReader
+from ..checkpoint.names import CHECKSUMS
 from ..core import ElastiqError
 
 
@@ -44,7 +46,9 @@ def windows(
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint. Raises ElastiqError if it has none."""
+    """The tokenizer beside a checkpoint. Raises ElastiqError if it has none, or one that was altered."""
+    if (Path(path) / CHECKSUMS).is_file():
+        CheckpointReader(path).check_side_files()
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
