@@ -166,10 +166,10 @@ def test_side_files_are_checked(tmp_path: Path) -> None:
     output = write_small(tmp_path / "out")
     (output / "LICENSE").write_text("the owner's")
     CheckpointReader(output).check_side_files()
-    (output / "chat_template.jinja").write_text("{}")
-    with pytest.raises(ElastiqError, match=r"checksums\.json does not cover chat_template\.jinja"):
+    (output / "added_tokens.json").write_text("{}")
+    with pytest.raises(ElastiqError, match=r"checksums\.json does not cover added_tokens\.json"):
         CheckpointReader(output).check_side_files()
-    (output / "chat_template.jinja").unlink()
+    (output / "added_tokens.json").unlink()
     (output / "generation_config.json").write_text("{ }")
     with pytest.raises(ElastiqError, match=r"generation_config\.json: altered"):
         CheckpointReader(output).check_side_files()

@@ -138,11 +138,11 @@ def test_what_no_checksum_covers_stays_on_the_hub(
     hub: Hub, nested: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     push(nested, REPO)
-    hub.files[REPO]["chat_template.jinja"] = b"{{ evil }}"
+    hub.files[REPO]["added_tokens.json"] = b"{{ evil }}"
     with caplog.at_level("WARNING", logger="elastiq"):
         pull(REPO, tmp_path / "out")
-    assert f"{REPO}: no checksum covers chat_template.jinja, left on the hub" in caplog.text
-    assert "chat_template.jinja" not in hub.sent and not (tmp_path / "out" / "chat_template.jinja").exists()
+    assert f"{REPO}: no checksum covers added_tokens.json, left on the hub" in caplog.text
+    assert "added_tokens.json" not in hub.sent and not (tmp_path / "out" / "added_tokens.json").exists()
     digests = json.loads(hub.files[REPO]["checksums.json"])
     del digests["files"]["plane-2.safetensors"]
     hub.files["me/uncovered"] = hub.files[REPO] | {"checksums.json": json.dumps(digests).encode()}

@@ -88,7 +88,7 @@ def _save(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwar
         assert reader is not None
         manifest = {**reader.manifest.to_dict(), "planes": most, "bits": saved_width(model)}
         model.config.quantization_config = manifest
-        kwargs.setdefault("state_dict", state_of(model))
+        kwargs = {"state_dict": state_of(model), "save_original_format": False} | kwargs  # names stay as they are
     try:
         type(model).save_pretrained(model, directory, *args, **kwargs)
     finally:
