@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,43 @@ def test_json_is_written_whole_or_not_at_all(made: tuple[Path, Result], tmp_path
     assert result.exit_code == 1
     assert "cannot be written" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("quantize", "M", "-o", "O", "--json"), ("inspect", "M", "--json"), ("evaluate", "M", "--json"),
+        ("export", "M", "--to", "hf", "-o", "O", "--json"), ("allocate", "M", "--json"), ("allocate", "M", "-o"),
+        ("sensitivity", "M", "--json"), ("frontier", "M", "--json"), ("frontier", "M", "--picture"),
+        ("recipes", "--json"), ("recipes", "--page"), ("report", "M", "-o"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_files_that_cannot_be_written_are_noticed_before_the_work(words: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "absent" / "file.svg"
+    result = run(*words, file)
+    assert result.exit_code == 1
+    sentence = f"{file}: cannot be written (there is no directory {file.parent}); choose another file"
+    assert result.stderr.strip() == f"elastiq: error: {sentence}"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_any_terminal_prints(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = [TextIOWrapper(BytesIO(), encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    said = "\u2581 \u00e9 \ud800"
+
+    def say() -> None:
+        print(said)
+        tables.out.print(said)
+        print(said, file=sys.stderr)
+
+    monkeypatch.setattr(sys.modules["elastiq.cli.app"], "app", say)
+    cli.main()
+    for stream in streams:
+        stream.flush()
+        assert said.encode(encoding, "backslashreplace") in stream.buffer.getvalue()
 
 
 def test_interrupt_says_that_the_same_command_resumes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,7 @@ def test_quantize_takes_it_as_it_is(gguf_file: Path, tmp_path: Path) -> None:
 def test_a_second_run_leaves_the_first_alone(gguf_file: Path, tmp_path: Path) -> None:
     room = tmp_path / "out.imported"
     (room / "left by a killed run").mkdir(parents=True)
+    (room / "made-by-elastiq").touch()
     with ordinary(gguf_file, tmp_path / "out") as directory:
         assert [path.name for path in room.iterdir() if path.is_dir()] == ["model"]
         with pytest.raises(ElastiqError, match="another process is writing it"), ordinary(gguf_file, tmp_path / "out"):

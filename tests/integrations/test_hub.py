@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from elastiq import ElastiqError
 from elastiq.checkpoint import CheckpointReader, slice_checkpoint
+from elastiq.checkpoint.publish import WorkDirectory
 from elastiq.cli import app
 from elastiq.integrations.hub import pull, push
 
@@ -131,3 +132,38 @@ def test_refusals(hub: Hub, nested: Path, tmp_path: Path) -> None:
     with pytest.raises(ElastiqError, match=r"plane-7\.safetensors is missing"):
         push(nested, REPO)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_no_checksum_covers_stays_on_the_hub(
+    hub: Hub, nested: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    push(nested, REPO)
+    hub.files[REPO]["added_tokens.json"] = b"{{ evil }}"
+    with caplog.at_level("WARNING", logger="elastiq"):
+        pull(REPO, tmp_path / "out")
+    assert f"{REPO}: no checksum covers added_tokens.json, left on the hub" in caplog.text
+    assert "added_tokens.json" not in hub.sent and not (tmp_path / "out" / "added_tokens.json").exists()
+    digests = json.loads(hub.files[REPO]["checksums.json"])
+    del digests["files"]["plane-2.safetensors"]
+    hub.files["me/uncovered"] = hub.files[REPO] | {"checksums.json": json.dumps(digests).encode()}
+    hub.files["me/lacking"] = {n: data for n, data in hub.files[REPO].items() if n != "recipe.json"}
+    for repo, message in (
+        ("me/uncovered", r"its checksums\.json does not cover plane-2\.safetensors; push the original again"),
+        ("me/lacking", r"it lacks recipe\.json, which its checksums\.json lists; push the original again"),
+    ):
+        with pytest.raises(ElastiqError, match=message):
+            pull(repo, tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+def test_one_pull_at_a_time_and_only_into_our_own(hub: Hub, nested: Path, tmp_path: Path) -> None:
+    push(nested, REPO)
+    with WorkDirectory(tmp_path / "out", "pulling") as held:
+        with pytest.raises(ElastiqError, match="another process is writing it; wait for it"):
+            pull(REPO, tmp_path / "out")
+        held.remove()
+    (tmp_path / "out.pulling").mkdir()
+    (tmp_path / "out.pulling" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ElastiqError, match=r"out\.pulling: is in the way and does not bear elastiq's mark"):
+        pull(REPO, tmp_path / "out")
+    assert (tmp_path / "out.pulling" / "thesis.txt").read_text() == "years of work"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,6 +127,67 @@ def test_what_was_saved_is_loaded_by_elastiq(checkpoint: Callable[..., Path], tm
     shard.write_bytes(shard.read_bytes()[:-9])
     with pytest.raises(ElastiqError, match="cut short"):
         elastiq.load(saved)
+
+
+LOADERS = [elastiq.load, lambda path, bits=None: load(path, bits)]
+
+
+@pytest.mark.parametrize("read", LOADERS, ids=["elastiq", "transformers"])
+@pytest.mark.parametrize(
+    ("family", "embeddings"), [("llama", False), ("gemma3", True), ("gpt2", False), ("qwen3_moe", False)]
+)
+def test_both_loaders_read_what_both_save(
+    checkpoint: Callable[..., Path], tmp_path: Path, read: Callable[..., object], family: str, embeddings: bool
+) -> None:
+    path = checkpoint(family, embeddings)
+    model = read(path, 3)
+    name = next(iter(nested_matrices(model)))
+    set_bits(model, {name: 4})  # which holds more planes than the others now
+    wanted = logits(model)
+    model.save_pretrained(tmp_path / "saved")
+    assert model.config is not None and torch.equal(logits(model), wanted)
+    for again in LOADERS:
+        found = again(tmp_path / "saved")
+        assert torch.equal(logits(found), wanted)
+        assert {n: m.bits for n, m in nested_matrices(found).items()} == {
+            n: 4 if n == name else 3 for n in nested_matrices(model)
+        }
+        found.save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("read", LOADERS, ids=["elastiq", "transformers"])
+def test_saving_spoils_no_checkpoint(
+    checkpoint: Callable[..., Path], tmp_path: Path, read: Callable[..., object], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, other = tmp_path / "mine", tmp_path / "other"
+    for place in (path, other):
+        shutil.copytree(checkpoint(), place)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    model = read(path)
+    with caplog.at_level("WARNING", logger="elastiq"):
+        model.save_pretrained(path)
+    assert f"{path}: is the checkpoint of this model and holds all of it; nothing was written" in caplog.text
+    with pytest.raises(ElastiqError, match=f"{other}: holds a checkpoint, which saving would spoil; choose another"):
+        model.save_pretrained(other)
+    set_bits(model, 3)
+    with pytest.raises(ElastiqError, match="save the widths in use into another directory"):
+        model.save_pretrained(path)
+    set_bits(model, 8)
+    model.model.norm.weight.data[0] += 1
+    with pytest.raises(ElastiqError, match=r"is the checkpoint itself and holds another model\.norm\.weight"):
+        model.save_pretrained(path)
+    for place in (path, other):
+        assert {file.name: file.read_bytes() for file in place.iterdir()} == before
+
+
+def test_copies_and_pickles_save_themselves(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    model = elastiq.load(checkpoint(), 3)
+    torch.save(model, tmp_path / "pickle")
+    for number, other in enumerate((copy.deepcopy(model), torch.load(tmp_path / "pickle", weights_only=False))):
+        other.model.norm.weight.data.mul_(2)
+        other.save_pretrained(tmp_path / str(number))
+        assert torch.equal(logits(elastiq.load(tmp_path / str(number))), logits(other))
+    assert not torch.equal(logits(model), logits(other))
 
 
 def test_compiled_forward(checkpoint: Callable[..., Path]) -> None:

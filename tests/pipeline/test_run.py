@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import elastiq
 from elastiq import ElastiqError, recipes
-from elastiq.checkpoint import CheckpointReader
+from elastiq.checkpoint import CheckpointReader, CheckpointWriter
 from elastiq.inference.loading import bits_per_weight
 from elastiq.models import ModelSource, build_skeleton, discover
 from elastiq.pipeline.planning import plan
@@ -244,6 +244,33 @@ def test_full_disk(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatc
     with pytest.raises(ElastiqError, match=r"GB of free disk and there are 0\.00"):
         quantize(tiny_model("llama"), tmp_path / "out", RECIPE, IDS)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_what_a_run_has_written_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with CheckpointWriter(tmp_path / "out", {}) as writer:
+        writer.write_side_file("answers", lambda path: path.write_bytes(bytes(1 << 20)))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(quantize_module.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    quantize_module._check_disk(tmp_path / "out", 1000 + (1 << 20))
+    with pytest.raises(ElastiqError, match=r"the run needs 0\.01 GB of free disk and there are 0\.00"):
+        quantize_module._check_disk(tmp_path / "out", 10 << 20)
+
+
+def test_places_and_generation_settings_are_looked_at_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_model("llama", tmp_path / "model")
+    (source / "generation_config.json").write_text('{"max_new_tokens": ')
+    monkeypatch.setattr(quantize_module, "calibration_ids", None)  # the first thing that takes time
+    with pytest.raises(ElastiqError, match=r"generation_config\.json: transformers cannot read it \(.*remove it"):
+        quantize(source, tmp_path / "out", RECIPE, IDS)
+    nested = tmp_path / "nested"
+    nested.mkdir()
+    for name in ("checksums.json", "base.safetensors"):
+        (nested / name).touch()
+    with pytest.raises(ElastiqError, match=f"out: lies inside the checkpoint {nested}"):
+        quantize(tmp_path / "nothing", nested / "out", RECIPE, IDS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "nested"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..checkpoint import CheckpointReader
-from ..checkpoint.files import json_bytes, read_json, replace_durably, write_durably
+from ..checkpoint.files import json_bytes, read_json, write_named
 from ..core import ElastiqError, LevelMap, Width
 
 _VERSION = 1
@@ -16,18 +16,13 @@ _MOST_BYTES = 64 << 20
 
 def write_map(path: str | Path, level_map: LevelMap) -> None:
     """Write the whole file or nothing. Raises ElastiqError if it cannot be written."""
-    path = Path(path)
     data = {
         "kind": _KIND,
         "format_version": _VERSION,
         "widths": dict(level_map.widths),
         "facts": dict(level_map.facts),
     }
-    content = json_bytes(data, str(path))
-    try:
-        replace_durably(path, lambda temporary: write_durably(temporary, [content]))
-    except OSError as error:
-        raise ElastiqError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
+    write_named(path, json_bytes(data, str(path)))
 
 
 def read_map(path: str | Path) -> LevelMap:

@@ -9,9 +9,12 @@ from typing import IO
 
 
 def try_lock(path: Path) -> IO[bytes] | None:
-    """An open file holding the lock, or None where another live process has it. Closing the file gives it back."""
+    """An open file holding the lock, or None where another live process has it. Closing the file gives it back.
+
+    The file is made if there is none; a link is not followed (OSError).
+    """
     while True:
-        file = open(path, "ab")  # noqa: SIM115
+        file = open(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW, 0o666), "ab")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

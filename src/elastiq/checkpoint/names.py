@@ -51,3 +51,8 @@ def travels_along(name: str) -> bool:
     Never code, never weights.
     """
     return bool(_SIDE_NAME.fullmatch(name) and _SIDE_SUFFIX.fullmatch(name) and is_plain(name))
+
+
+def is_read_along(name: str) -> bool:
+    """Whether one of those files says how the model is used: all but the licence, which an owner may add."""
+    return travels_along(name) and not name.startswith(("LICENSE", "NOTICE"))

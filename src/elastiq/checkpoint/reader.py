@@ -11,9 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..core import ArraySpec, ElastiqError, Recipe, Width, width_counts
-from .files import read_json, sha256
+from .files import read_checksums, read_json, sha256
 from .manifest import Manifest
-from .names import BASE, CHECKSUMS, CONFIG, INDEX, LEVELS, RECIPE, is_plain, plane_file
+from .names import BASE, CONFIG, INDEX, LEVELS, RECIPE, is_plain, is_read_along, plane_file
 from .tensors import read_header
 
 
@@ -53,16 +53,7 @@ class CheckpointReader:
     @cached_property
     def digests(self) -> dict[str, str]:
         """sha256 by file name, from checksums.json."""
-        data = read_json(self.path / CHECKSUMS)
-        files = data.get("files") if isinstance(data, dict) else None
-        if not isinstance(files, dict) or not all(
-            is_plain(name) and isinstance(row, dict) and isinstance(row.get("sha256"), str)
-            for name, row in files.items()
-        ):
-            raise ElastiqError(
-                f"{self.path / CHECKSUMS}: not a table of checksums; copy it from the original checkpoint"
-            )
-        return {name: row["sha256"] for name, row in files.items()}
+        return {name: row["sha256"] for name, row in read_checksums(self.path).items()}
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -176,6 +167,12 @@ class CheckpointReader:
         if sha256(self.path / name) != self.digests[name]:
             raise ElastiqError(f"{self.path / name}: altered (its checksum is not the recorded one); copy it again")
         self._verified.add(name)
+
+    def check_side_files(self) -> None:
+        """`check` for the tokenizer, templates and generation settings that are there, which others read."""
+        for file in sorted(self.path.iterdir()):
+            if is_read_along(file.name) and file.is_file():
+                self.check(file.name)
 
     def _arrays(self, file: str, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         self.check(file)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from ..core import ElastiqError
 from .assemble import checksums, index
-from .files import disk_errors, json_bytes, range_chunks, sync_directory, write_durably
+from .files import json_bytes, range_chunks, sync_directory, write_durably
 from .names import BASE, CHECKSUMS, CONFIG, INDEX, plane_file
+from .publish import write_aside
 from .reader import CheckpointReader
 
 
@@ -21,22 +20,9 @@ def slice_checkpoint(path: str | Path, bits: int, output: str | Path) -> None:
     Every file is checked against its checksum while it is copied; `output` appears whole or not at all. Raises
     ElastiqError if the checkpoint cannot give `bits`, a file was altered, or `output` exists.
     """
-    reader, output = CheckpointReader(path), Path(output).absolute()
+    reader = CheckpointReader(path)
     reader.require(bits)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ElastiqError(f"{output}: exists already; choose another output")
-    with disk_errors(output, "slice again"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        work = output.with_name(f"{output.name}.slicing")
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        try:
-            _fill(work, reader, bits)
-            os.rename(work, output)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        sync_directory(output.parent)
+    write_aside(output, False, lambda work: _fill(work, reader, bits))
 
 
 def narrow(directory: Path, reader: CheckpointReader, bits: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,20 +15,21 @@ from torch import Tensor
 
 from ..core import ElastiqError, QuantizedWeight, Recipe, Site
 from .assemble import assemble
-from .files import disk_errors, json_bytes, read_json, replace_durably, sync_directory, write_durably
+from .files import disk_errors, is_temporary, json_bytes, read_checksums, read_json, replace_durably, write_durably
 from .fingerprint import differences
-from .lock import try_lock
 from .manifest import Manifest
 from .names import CHECKSUMS, CONFIG, FINGERPRINT, MADE_LATER
+from .publish import WorkDirectory, is_vacant, new_place, remove
 from .units import read_facts, read_unit_file, unit_beside, unit_weights, write_tuned_file, write_unit_file
 
 _UNIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,100}")
+_KIND = "partial"
 _RESUME = "run the same command again (finished blocks are kept)"
 
 
 def work_directory(output: Path) -> Path:
     """Where a run keeps its finished blocks until the checkpoint is whole."""
-    return output.with_name(f"{output.name}.partial")
+    return output.with_name(f"{output.name}.{_KIND}")
 
 
 def is_finished(output: str | Path, fingerprint: dict[str, Any]) -> bool:
@@ -37,20 +38,19 @@ def is_finished(output: str | Path, fingerprint: dict[str, Any]) -> bool:
     False where nothing is there yet. Raises ElastiqError if something else is there, or a checkpoint made from
     something else (naming the difference), or a damaged one.
     """
-    output = Path(output).absolute()
-    if _is_vacant(output):
+    output = new_place(output)
+    if is_vacant(output):
         return False
     manifest = _refuse_other(output, _plain(fingerprint))
     if manifest.planes < manifest.levels[-1]:
         raise ElastiqError(f"{output}: a slice of the checkpoint is there; choose another output")
-    for name, row in _recorded(output).items():
+    for name, row in read_checksums(output).items():
         path = output / name
-        if not path.is_file() or path.stat().st_size != row["size"]:
+        if not path.is_file() or path.stat().st_size != row.get("size"):
             raise ElastiqError(f"{output}: {name} is missing or cut short; copy it again, or start over with --restart")
-    work = work_directory(output)
-    if work.is_dir() and (lock := try_lock(work / "lock")) is not None:
-        shutil.rmtree(work)
-        lock.close()
+    if work_directory(output).is_dir():
+        with suppress(ElastiqError), WorkDirectory(output, _KIND) as work:  # or another process has it
+            work.remove()
     return True
 
 
@@ -64,12 +64,12 @@ class CheckpointWriter:
     """
 
     def __init__(self, output: str | Path, fingerprint: dict[str, Any], restart: bool = False) -> None:
-        self.output = Path(output).absolute()
+        self.output = new_place(output)
         self.fingerprint = _plain(fingerprint)
-        self.work = work_directory(self.output)
         with disk_errors(self.output, _RESUME):
             _check_output(self.output, self.fingerprint, restart)
-            self._lock()
+            self._room = WorkDirectory(self.output, _KIND)
+            self.work = self._room.path
             try:
                 _check_output(self.output, self.fingerprint, restart)
                 self._open(restart)
@@ -146,7 +146,7 @@ class CheckpointWriter:
         units = [read_unit_file(self._unit_path(unit)) for unit in sorted(self.finished())]
         result = self.work / "result"
         with disk_errors(self.output, _RESUME):
-            shutil.rmtree(result, ignore_errors=True)
+            remove(result)
             result.mkdir()
             tuned = sorted(self._tuned.glob("*.safetensors"))
             assemble(result, units, tuned, base, Path(source_dir), config, recipe, info, self.fingerprint)
@@ -155,7 +155,7 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Give the lock back; what is durable stays."""
-        self._file.close()
+        self._room.close()
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -165,18 +165,11 @@ class CheckpointWriter:
     ) -> None:
         self.close()
 
-    def _lock(self) -> None:
-        self.work.mkdir(parents=True, exist_ok=True)
-        file = try_lock(self.work / "lock")
-        if file is None:
-            raise ElastiqError(f"{self.output}: another process is writing it; wait for it, or choose another output")
-        self._file = file
-
     def _open(self, restart: bool) -> None:
         self._units, self._tuned = self.work / "units", self.work / "tuned"
         path = self.work / FINGERPRINT
         if path.exists() and not restart:
-            changed = differences(read_json(path), self.fingerprint)
+            changed = differences(_read_fingerprint(self.work), self.fingerprint)
             if changed:
                 raise ElastiqError(
                     f"{self.output}: an unfinished run was made from something else: {'; '.join(changed)}; "
@@ -184,17 +177,17 @@ class CheckpointWriter:
                 )
         else:
             path.unlink(missing_ok=True)
-            for folder in (self._units, self._tuned):
-                shutil.rmtree(folder, ignore_errors=True)
+            self._room.clear({FINGERPRINT})
             content = json_bytes(self.fingerprint, FINGERPRINT)
             replace_durably(path, lambda temporary: write_durably(temporary, [content]))
-        folders = (self._units, self._tuned)
-        for folder in folders:
+        self._room.clear({FINGERPRINT, self._units.name, self._tuned.name})
+        for folder in (self._units, self._tuned):
+            if folder.is_symlink():
+                raise ElastiqError(f"{folder}: is a link, which elastiq did not make; start over with --restart")
             folder.mkdir(exist_ok=True)
-        inside = {file for folder in folders for file in folder.iterdir()}
-        whole = {file for file in inside if file.suffix != ".tmp"}
-        for leftover in {*self.work.iterdir(), *inside} - {self.work / "lock", path, *folders, *whole}:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            for leftover in folder.iterdir():
+                if is_temporary(leftover.name):
+                    leftover.unlink()
 
     def _unit_path(self, unit: str) -> Path:
         if not _UNIT.fullmatch(unit):
@@ -202,11 +195,10 @@ class CheckpointWriter:
         return self._units / f"{unit}.safetensors"
 
     def _publish(self, result: Path) -> None:
-        if not _is_vacant(self.output):  # only a checkpoint that --restart may replace gets here
+        if not is_vacant(self.output):  # only a checkpoint that --restart may replace gets here
             os.rename(self.output, self.work / "replaced")
-        os.rename(result, self.output)
-        sync_directory(self.output.parent)
-        shutil.rmtree(self.work)
+        self._room.publish(result)
+        self._room.remove()
 
 
 def _plain(fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -214,25 +206,22 @@ def _plain(fingerprint: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _is_vacant(output: Path) -> bool:
-    return not output.exists() or (output.is_dir() and not any(output.iterdir()))
-
-
 def _check_output(output: Path, fingerprint: dict[str, Any], restart: bool) -> None:
-    if _is_vacant(output):
+    if is_vacant(output):
         return
     if not restart:
         _refuse_other(output, fingerprint)
         raise ElastiqError(f"{output}: already finished; choose another output, or start over with --restart")
     _refuse_foreign(output)
-    strange = sorted({path.name for path in output.iterdir()} - {*_recorded(output), CHECKSUMS, *MADE_LATER})
+    ours = {*read_checksums(output), CHECKSUMS, *MADE_LATER}
+    strange = sorted(path.name for path in output.iterdir() if path.name not in ours and not is_temporary(path.name))
     if strange:
         raise ElastiqError(f"{output}: holds {', '.join(strange)} besides the checkpoint; move that away first")
 
 
 def _refuse_other(output: Path, fingerprint: dict[str, Any]) -> Manifest:
     manifest = _refuse_foreign(output)
-    changed = differences(read_json(output / FINGERPRINT), fingerprint)
+    changed = differences(_read_fingerprint(output), fingerprint)
     if changed:
         raise ElastiqError(
             f"{output}: a checkpoint made from something else is there: {'; '.join(changed)}; "
@@ -250,6 +239,8 @@ def _refuse_foreign(output: Path) -> Manifest:
         ) from None
 
 
-def _recorded(output: Path) -> dict[str, dict[str, Any]]:
-    files: dict[str, dict[str, Any]] = read_json(output / CHECKSUMS)["files"]
-    return files
+def _read_fingerprint(directory: Path) -> dict[str, Any]:
+    data = read_json(directory / FINGERPRINT)
+    if not isinstance(data, dict):
+        raise ElastiqError(f"{directory / FINGERPRINT}: not a fingerprint; start over with --restart")
+    return data

@@ -24,6 +24,7 @@ from .options import (
     Untie,
     Window,
     usable_device,
+    writable,
     write,
 )
 from .progress import Bars
@@ -52,7 +53,10 @@ def allocate_command(
     text: Annotated[Path | None, typer.Option(help="Text file to measure maps on.", show_default=False)] = None,
     window: Window = 512,
     num_windows: FewWindows = 4,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File for the map.", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File for the map.", show_default=False, callback=writable),
+    ] = None,
     sensitivity: SensitivityName = None,
     allocator: Annotated[
         str | None, typer.Option(help="How the map is found. (default: integer-programme)", show_default=False)
@@ -130,7 +134,8 @@ def frontier_command(
     untie: Untie = False,
     rows: Rows = False,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw the curve into this file (.png, .svg).", show_default=False)
+        Path | None,
+        typer.Option(help="Draw the curve into this file (.png, .svg).", show_default=False, callback=writable),
     ] = None,
     json: Json = None,
 ) -> None:

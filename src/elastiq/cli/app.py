@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import torch
@@ -58,6 +60,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `elastiq` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8, and texts that are not
     app()
 
 

@@ -15,7 +15,7 @@ from ..foreign.importing import import_model
 from ..integrations.hub import pull, push
 from ..report import write_picture, write_report
 from .app import app
-from .options import Checkpoint, Format, Json, Map, Revision, write
+from .options import Checkpoint, Format, Json, Map, Revision, writable, write
 from .tables import comma, out, printable, show_export
 
 
@@ -25,7 +25,11 @@ def report_command(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="A page, or a .png or .svg. (default: CHECKPOINT/report.html)", show_default=False
+            "--output",
+            "-o",
+            help="A page, or a .png or .svg. (default: CHECKPOINT/report.html)",
+            show_default=False,
+            callback=writable,
         ),
     ] = None,
 ) -> None:

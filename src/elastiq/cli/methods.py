@@ -10,10 +10,11 @@ import typer
 
 from .. import recipes
 from ..checkpoint import CheckpointReader
+from ..checkpoint.files import write_named
 from ..recipes.listing import methods, papers, recipe_rows
 from ..recipes.listing import page as methods_page
 from .app import app
-from .options import Checkpoint, Json, write
+from .options import Checkpoint, Json, writable, write
 from .tables import out, show_methods
 
 
@@ -22,7 +23,9 @@ def recipes_command(
     name: Annotated[
         str | None, typer.Argument(help="Print this recipe as JSON, to change it and quantize by it.")
     ] = None,
-    page: Annotated[Path | None, typer.Option(help="Write docs/methods.md here.", show_default=False)] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Write docs/methods.md here.", show_default=False, callback=writable)
+    ] = None,
     json: Json = None,
 ) -> None:
     """The recipes, and every part that a recipe can be made of: what it does, needs and comes from."""
@@ -34,7 +37,7 @@ def recipes_command(
     rows = methods()
     write(json, {"recipes": recipe_rows(), "parts": rows})
     if page is not None:
-        page.write_text(methods_page(), encoding="utf-8")
+        write_named(page, methods_page().encode())
     show_methods(recipes.names(), rows)
 
 

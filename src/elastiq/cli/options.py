@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..checkpoint.files import check_named
 from ..core import MAX_BITS, library_errors
 from ..evaluate import write_json
 
@@ -31,7 +32,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 Checkpoint = Annotated[Path, typer.Argument(help="Directory that `elastiq quantize` made.", show_default=False)]
 Model = Annotated[str, typer.Argument(help="Model directory, or a hub name.", show_default=False)]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.", show_default=False)]
+
+
+def writable(file: Path | None) -> Path | None:
+    """Callback of an option that names a file to write: what cannot be written is refused before the work."""
+    if file is not None:
+        check_named(file)
+    return file
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write the result to this file.", show_default=False, callback=writable),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)]
 Device = Annotated[str, typer.Option(help="Any device torch has: cpu, cuda, mps, ...")]
 Size = Annotated[

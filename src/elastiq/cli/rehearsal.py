@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import CheckpointReader
+from ..checkpoint.publish import remove, scratch
 from ..core import ElastiqError, Recipe
 from ..foreign.exporting import export
 from ..foreign.target import Target
@@ -65,7 +64,6 @@ def rehearse(
     it lies beside `output`, in a directory that is removed whatever happens; `output` itself is not touched.
     A target passes if it can hold one of the levels.
     """
-    room = Path(output).absolute().with_name(f"{Path(output).name}.rehearsal")
     rows: list[Rehearsed] = []
 
     def attempt(what: str, act: Callable[[], str]) -> bool:
@@ -81,7 +79,8 @@ def rehearse(
             progress(f"rehearsing: {what}", 1, 1)
         return passed
 
-    with _removed(room):
+    with scratch(output, "rehearsal") as work:
+        room = work.path
         nested = room / "nested"
         plain = replace(recipe, solver=RoundToNearest(), block_tuner=None, tuner=None)
         passed = attempt("quantize", lambda: _quantize(model, nested, plain, revision, device))
@@ -119,18 +118,6 @@ def _load(nested: Path, levels: Sequence[int], device: str) -> str:
 
 def _export(nested: Path, room: Path, target: Target, bits: int) -> str:
     summary = export(nested, room / "exported", target, bits)
-    exported = Path(summary.output)
-    shutil.rmtree(exported) if exported.is_dir() else exported.unlink()
+    remove(Path(summary.output))
     kind = "" if target.name == summary.worst["stored_as"] else f" as {summary.worst['stored_as']}"
     return f"{summary.bits_per_weight:.2f} bits per weight{kind}, logits differ by {summary.logits:.1%}"
-
-
-@contextmanager
-def _removed(room: Path) -> Iterator[None]:
-    """An empty directory for as long as the context lasts."""
-    shutil.rmtree(room, ignore_errors=True)
-    try:
-        room.mkdir(parents=True)
-        yield
-    finally:
-        shutil.rmtree(room, ignore_errors=True)

@@ -15,7 +15,7 @@ from ..core import MAX_BITS, ElastiqError, LevelMap, library_errors
 from ..evaluate import evaluate, evaluate_tasks
 from ..inference.generation import generate
 from ..inference.loading import load
-from ..models import load_tokenizer
+from ..text.evaluation import checkpoint_tokenizer
 from .app import app
 from .options import (
     DTYPES,
@@ -114,7 +114,7 @@ def generate_command(
     ] = None,
 ) -> None:
     """Answer PROMPT at one width, printing as the tokens come."""
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = checkpoint_tokenizer(checkpoint)
     tokens = _prompt_tokens(tokenizer, prompt, raw)
     if sum(given is not None for given in (bits, memory, level_map)) > 1:
         raise typer.BadParameter("give one of --bits, --memory and --map")

@@ -17,8 +17,8 @@ from ..checkpoint import CheckpointReader
 from ..checkpoint.sizes import full_bytes, map_mean_bits, map_sizes
 from ..core import ElastiqError, LevelMap, Width, library_errors, plain_count, widest
 from ..inference.loading import load, map_widths, plain_widths, set_bits
-from ..models import ModelSource, build_skeleton, give_back_memory, load_module, load_tokenizer
-from ..text.evaluation import read_text, windows
+from ..models import ModelSource, build_skeleton, give_back_memory, load_module
+from ..text.evaluation import checkpoint_tokenizer, read_text, windows
 from .card import write_card
 from .record import keep
 from .scores import Scores
@@ -60,7 +60,7 @@ def evaluate(
     window, num_windows = plain_count(window, "window"), plain_count(num_windows, "num_windows")
     targets = width_maps(reader, bits)
     content = read_text(text)
-    ids = windows(content, load_tokenizer(path), window, num_windows, Path(text).name)
+    ids = windows(content, checkpoint_tokenizer(path), window, num_windows, Path(text).name)
     most = max(widest(width) for widths in targets.values() for width in widths.values())
     model = load(path, most, device=device, dtype=dtype)
     _check_context(model, window)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import read_json
+from ..checkpoint.files import read_json, replace_file, write_named
 from ..checkpoint.names import TASKS
 from ..core import ElastiqError
 
@@ -16,28 +14,17 @@ FILE = "evaluation.json"
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Write the whole file or nothing (a link or a pipe is written through). Raises ElastiqError if it cannot be."""
-    path = Path(path)
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.write_text(text, encoding="utf-8")
-            return
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            try:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-                temporary.chmod(0o644)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise ElastiqError(f"{path} cannot be written ({error.strerror}); choose another file") from None
+    """Write a result to the file that a user named. Raises ElastiqError if it cannot be written."""
+    write_named(path, _content(data))
+
+
+def keep_json(path: Path, data: Any) -> None:
+    """Replace a file beside a checkpoint. Raises ElastiqError if it cannot be written."""
+    replace_file(path, _content(data))
+
+
+def _content(data: Any) -> bytes:
+    return (json.dumps(data, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_evaluations(checkpoint: str | Path) -> list[dict[str, Any]]:
@@ -74,7 +61,7 @@ def keep(checkpoint: str | Path, result: dict[str, Any]) -> None:
         kept[kept.index(same)] = _merge(same, result)
     else:
         kept = [e for e in kept if e is not same] + [result]
-    write_json(Path(checkpoint) / FILE, {"evaluations": kept})
+    keep_json(Path(checkpoint) / FILE, {"evaluations": kept})
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from ..checkpoint.names import TASKS
 from ..checkpoint.sizes import map_sizes
 from ..core import ElastiqError, LevelMap, library_errors, widest
 from ..inference.loading import load, set_bits
-from ..models import load_tokenizer
+from ..text.evaluation import checkpoint_tokenizer
 from .card import write_card
 from .evaluation import load_full, width_maps
-from .record import read_tasks, write_json
+from .record import keep_json, read_tasks
 
 log = logging.getLogger("elastiq")
 
@@ -83,7 +83,7 @@ def evaluate_tasks(
     ]
     if against is not None:
         jobs += [(None, spec, _key(spec, precision, [str(against), revision])) for spec in specs]
-    tokenizer, model = load_tokenizer(path), None
+    tokenizer, model = checkpoint_tokenizer(path), None
     wanted = [job for job in jobs if job[2] not in kept]
     for index, (b, spec, key) in enumerate(wanted):
         if progress:
@@ -117,7 +117,7 @@ def evaluate_tasks(
 def _keep(path: str | Path, kept: dict[str, Any]) -> None:
     """A checkpoint that cannot be written is no reason to lose the result."""
     try:
-        write_json(Path(path) / TASKS, {"results": kept})
+        keep_json(Path(path) / TASKS, {"results": kept})
         write_card(path)
     except ElastiqError as error:
         log.warning("%s; nothing is kept for the next time", error)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import CheckpointReader
+from ..checkpoint.publish import write_aside
 from ..core import ElastiqError, library_errors
 from ..inference.loading import Widths, load, map_widths, plain_widths
 from .awq import AWQDirectory
@@ -16,7 +17,7 @@ from .compressed import CompressedTensors
 from .gguf.exporting import GGUF
 from .gptq import GPTQDirectory
 from .hf import HuggingFace
-from .target import Exported, Target, write_aside
+from .target import Exported, Target
 from .view import View
 
 TARGETS = Target.registry

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import disk_errors, read_json
-from ..checkpoint.lock import try_lock
+from ..checkpoint.files import read_json
+from ..checkpoint.publish import scratch
 from ..core import ElastiqError
 from ..models import is_eight_bit
 from .gguf.importing import import_gguf
@@ -41,21 +40,10 @@ def ordinary(model: str | Path, output: Path) -> Iterator[str | Path]:
     if not _is_foreign(Path(model)):
         yield model
         return
-    room = output.absolute().with_name(f"{output.name}.imported")
-    with disk_errors(output, "run the same command again"):
-        room.mkdir(parents=True, exist_ok=True)
-        lock = try_lock(room / "lock")
-    if lock is None:
-        raise ElastiqError(f"{output}: another process is writing it; wait for it, or choose another output")
-    with lock:
-        try:
-            for left in room.iterdir():  # by a run that was killed
-                if left.is_dir():
-                    shutil.rmtree(left, ignore_errors=True)
-            import_model(model, room / Path(model).stem)
-            yield room / Path(model).stem
-        finally:
-            shutil.rmtree(room, ignore_errors=True)
+    with scratch(output, "imported") as room:
+        imported = room.path / Path(model).stem
+        import_model(model, imported)
+        yield imported
 
 
 def _is_foreign(model: Path) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.files import json_bytes, range_chunks, read_json, write_durably
 from ..checkpoint.names import CONFIG, INDEX, travels_along
+from ..checkpoint.publish import write_aside
 from ..checkpoint.tensors import read_header, tensor_bytes, write_tensors
 from ..core import ElastiqError, held, library_errors
 from ..models.source import SINGLE, tensor_files
@@ -19,7 +20,6 @@ from . import bitsandbytes
 from .awq import awq_dense
 from .compressed import compressed_dense
 from .gptq import gptq_dense
-from .target import write_aside
 
 Layer = dict[str, Tensor]
 """Arrays of one packed layer by short name."""

@@ -1,9 +1,7 @@
-"""What every export has in common: the target's one verb, what it reports, and a directory that appears whole."""
+"""What every export has in common: the target's one verb and what it reports."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..checkpoint.files import disk_errors, json_bytes, range_chunks, sync_directory, sync_tree, write_durably
+from ..checkpoint.files import json_bytes, range_chunks, write_durably
 from ..checkpoint.names import CONFIG, travels_along
 from ..checkpoint.tensors import read_header, tensor_bytes, write_tensors
 from ..core import ArraySpec, ElastiqError, held
@@ -126,37 +124,6 @@ def require_rows_held(target: str, stored: StoredMatrix, bits: int, error: float
 def held_dtype(view: View, stored: StoredMatrix, dtype: torch.dtype) -> torch.dtype:
     """Of the matrix in 16 bits: `dtype`, or bfloat16 where that is float16 and cannot hold it."""
     return held(view.dense(stored.name), dtype).dtype if stored.parts and dtype == torch.float16 else dtype
-
-
-def write_aside(output: Path, is_file: bool, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a path beside `output`, then rename it: `output` holds all of it or is not there.
-
-    Raises ElastiqError if something is at `output` already.
-    """
-    output = output.absolute()
-    if output.exists() and not (output.is_dir() and not is_file and not any(output.iterdir())):
-        raise ElastiqError(f"{output}: exists already; choose another output")
-    with disk_errors(output, "export again"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        work = output.with_name(f"{output.name}.exporting")
-        _remove(work)
-        try:
-            if not is_file:
-                work.mkdir()
-            write(work)
-            sync_tree(work)
-            os.rename(work, output)
-        except BaseException:
-            _remove(work)
-            raise
-        sync_directory(output.parent)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def side_files(view: View) -> list[str]:

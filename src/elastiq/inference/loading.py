@@ -13,7 +13,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..allocate import Budget, Table, allocate, parse_bytes, read_map
 from ..checkpoint import CheckpointReader
@@ -21,6 +21,7 @@ from ..checkpoint.files import read_json
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.names import BASE, CONFIG
 from ..core import ElastiqError, LevelMap, Width, library_errors, plain_count, plain_number, require_held, widest
+from ..models import read_generation
 from ..runtime import (
     MixedMatrix,
     NestedMatrix,
@@ -32,6 +33,7 @@ from ..runtime import (
     rearrange,
     swap,
 )
+from .attached import attach, hold, reader_of
 
 __all__ = ["bits_per_weight", "bytes_in_memory", "load", "set_bits"]
 
@@ -39,10 +41,6 @@ log = logging.getLogger("elastiq")
 
 Widths = int | float | str | Path | Mapping[str, Width] | LevelMap
 """One width, a mean width (a fraction), the file of a level map, or a width (or one for every row) by matrix name."""
-
-_READER = "elastiq"
-"""Attribute of a loaded model that holds its CheckpointReader."""
-
 
 def load(
     path: str | Path,
@@ -62,7 +60,7 @@ def load(
     max_bits: planes to hold, for `set_bits` without reading again; None holds what is read (as do matrices whose rows
     or experts have widths of their own). dtype: of what is not quantized and of the computation; None is float32 on a
     CPU (whose float16 is slow), else the dtype of config.json.
-    verify: compare every file that is read with its checksum first.
+    verify: compare every file that is read with its checksum first, the tokenizer and generation settings too.
     A directory that `save_pretrained` wrote is loaded with all its planes; None is the width that it was saved at, mean
     widths and `memory` need the checkpoint's level table.
 
@@ -72,6 +70,7 @@ def load(
     if _is_saved(Path(path)):
         return _load_saved(Path(path), bits, max_bits, memory, torch.device(device), dtype)
     reader = CheckpointReader(path, verify=verify)
+    reader.check_side_files()
     config = _config(reader.path, reader.config)
     model = _skeleton(reader, config, dtype or _dtype(config, torch.device(device)))
     untie_stored(model, reader.base_specs.keys() | {f"{name}.weight" for name in reader.manifest.matrices})
@@ -86,12 +85,13 @@ def load(
     if max_bits is not None:
         reader.require(max_bits)
     _rearrange(model, matrices, widths)
-    _hold(reader, matrices, {name: max(widest(width), max_bits or 0) for name, width in widths.items()})
+    hold(reader, matrices, {name: max(widest(width), max_bits or 0) for name, width in widths.items()})
     for name, matrix_module in matrices.items():
         matrix_module.bits = widths[name]
     _assign_base(model, reader)
-    if (reader.path / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(reader.path)
+    settings = read_generation(reader.path)
+    if settings is not None and model.can_generate():
+        model.generation_config = settings
     attach(model, reader)
     keep_a_parameter(model)
     nn.Module.to(model, torch.device(device))
@@ -128,11 +128,6 @@ def _load_saved(
     return model
 
 
-def attach(model: PreTrainedModel, reader: CheckpointReader) -> None:
-    """Let `set_bits` read further planes of `model` from the checkpoint."""
-    setattr(model, _READER, reader)
-
-
 def set_bits(model: PreTrainedModel, bits: Widths) -> None:
     """Read a loaded model at other widths, given as for `load`; {matrix name: width} may name some of them.
 
@@ -142,7 +137,7 @@ def set_bits(model: PreTrainedModel, bits: Widths) -> None:
     bits, matrices = plain_widths(bits), nested_matrices(model)
     if not matrices:
         raise ElastiqError("set_bits: this model has no nested planes; load it with elastiq.load")
-    reader = getattr(model, _READER, None)
+    reader = reader_of(model)
     if reader is None:
         _set_held(matrices, bits)
         return
@@ -151,7 +146,7 @@ def set_bits(model: PreTrainedModel, bits: Widths) -> None:
     missing = {name: most for name, width in widths.items() if (most := widest(width)) > matrices[name].max_bits}
     if missing:
         first = min(matrices[name].max_bits for name in missing) + 1
-        size = _hold(reader, matrices, missing)
+        size = hold(reader, matrices, missing)
         log.warning(
             "planes %d to %d of %d matrices read from %s (%.1f MB)",
             first, max(missing.values()), len(missing), reader.path, size / 1e6,
@@ -232,17 +227,6 @@ def _given(bits: str | Path | Mapping[str, Width] | LevelMap) -> dict[str, Width
     if isinstance(bits, Mapping):
         return dict(bits)
     return dict(bits.widths if isinstance(bits, LevelMap) else read_map(bits).widths)
-
-
-def _hold(reader: CheckpointReader, matrices: Mapping[str, NestedMatrix], planes: Mapping[str, int]) -> int:
-    """Read planes until every matrix holds as many as asked for; bytes read."""
-    size = 0
-    for plane in range(1, max(planes.values()) + 1):
-        names = [name for name, most in planes.items() if matrices[name].max_bits < plane <= most]
-        for name, arrays in reader.plane(plane, names) if names else ():
-            matrices[name].hold(arrays)
-            size += sum(array.nbytes for array in arrays.values())
-    return size
 
 
 def _config(path: Path, found: Mapping[str, Any]) -> PretrainedConfig:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from ..checkpoint import CheckpointReader
-from ..checkpoint.files import disk_errors, read_json, sync_directory, sync_tree
+from ..checkpoint.files import disk_errors, read_checksums, read_json
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.names import (
     BASE,
@@ -23,17 +22,21 @@ from ..checkpoint.names import (
     FINGERPRINT,
     INDEX,
     LEVELS,
+    MADE_LATER,
     RECIPE,
     SENSITIVITY,
     TASKS,
     plane_file,
     travels_along,
 )
+from ..checkpoint.publish import WorkDirectory, is_vacant, new_place, remove
 from ..checkpoint.slice import narrow
 from ..core import MAX_BITS, ElastiqError, library_errors
 from ..evaluate import write_card
 
 __all__ = ["pull", "push"]
+
+log = logging.getLogger("elastiq")
 
 _DOCUMENTS = frozenset(
     {BASE, CONFIG, RECIPE, LEVELS, FINGERPRINT, INDEX, CHECKSUMS, CARD, EVALUATION, TASKS, SENSITIVITY}
@@ -72,34 +75,38 @@ def pull(repo: str, output: str | Path, bits: int | None = None, *, revision: st
     bits: the widest width it shall give; planes beyond are not downloaded, and the directory becomes what `elastiq
     slice` would have made, beside what was measured of the whole. Files wait beside `output` until all are there and
     agree with their checksums: a run that was stopped goes on with the files that are missing.
-    Raises ElastiqError for a repository that holds no checkpoint or cannot give `bits`, and for what the hub refuses.
+    What no checksum covers stays on the hub, except the card and what was measured, which are no part of the model.
+    Raises ElastiqError for a repository that holds no checkpoint or cannot give `bits`, for what the hub refuses, and
+    where another process is writing `output`.
     """
-    output = Path(output).absolute()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    place = new_place(output)
+    if not is_vacant(place):
         raise ElastiqError(f"{output}: exists already; choose another output")
-    work = output.with_name(f"{output.name}.pulling")
-    with disk_errors(output, "pull again"):
-        work.mkdir(parents=True, exist_ok=True)
+    with disk_errors(Path(output), "pull again"), WorkDirectory(place, "pulling") as work:
         try:
-            _download(repo, work, bits, revision)
+            result = work.path / "result"
+            work.clear({result.name})
+            if result.is_symlink():
+                raise ElastiqError(f"{result}: is a link, which elastiq did not make; remove it")
+            result.mkdir(exist_ok=True)
+            _download(repo, result, bits, revision)
+            reader = CheckpointReader(result)
+            for name in sorted(reader.digests):
+                if (result / name).is_file():
+                    reader.check(name)
+            if bits is not None and bits < reader.manifest.planes:
+                narrow(result, reader, bits)
+                write_card(result)
+            work.publish(result)
         except BaseException:
-            if not any(file.suffix in (".safetensors", ".incomplete") for file in work.rglob("*")):
-                shutil.rmtree(work, ignore_errors=True)  # nothing that another run would be spared
+            if not any(file.suffix in (".safetensors", ".incomplete") for file in work.path.rglob("*")):
+                work.remove()  # nothing that another run would be spared
             raise
-        reader = CheckpointReader(work)
-        for name in sorted(reader.digests):
-            if (work / name).is_file():
-                reader.check(name)
-        if bits is not None and bits < reader.manifest.planes:
-            narrow(work, reader, bits)
-            write_card(work)
-        sync_tree(work)
-        os.rename(work, output)
-        sync_directory(output.parent)
+        work.remove()
 
 
-def _download(repo: str, work: Path, bits: int | None, revision: str | None) -> None:
-    """Fill `work` with the files of one commit that `bits` needs, and with nothing else."""
+def _download(repo: str, result: Path, bits: int | None, revision: str | None) -> None:
+    """Fill `result` with the files of one commit that `bits` needs, and with nothing else."""
     with _said_by_the_hub(repo):
         api = HfApi(library_name="elastiq")
         info = api.model_info(repo, revision=revision)
@@ -108,19 +115,36 @@ def _download(repo: str, work: Path, bits: int | None, revision: str | None) -> 
             raise ElastiqError(f"{repo}: holds no elastiq checkpoint; give a repository that elastiq push made")
 
         def fetch(names: Iterable[str]) -> None:
-            api.snapshot_download(repo, revision=info.sha, local_dir=work, allow_patterns=sorted(names), max_workers=4)
+            patterns = sorted(names)
+            api.snapshot_download(repo, revision=info.sha, local_dir=result, allow_patterns=patterns, max_workers=4)
 
-        fetch([CONFIG])
-        manifest = Manifest.from_config(read_json(work / CONFIG), repo)
+        fetch([CONFIG, CHECKSUMS])
+        manifest = Manifest.from_config(read_json(result / CONFIG), repo)
         if bits is not None and bits not in manifest.widths:
             widths = ", ".join(map(str, manifest.widths))
             raise ElastiqError(f"{repo}: it can be read at {widths} bits, not {bits}; ask for one of these")
-        wanted = _belonging(there, min(bits or MAX_BITS, manifest.planes))
+        planes = min(bits or MAX_BITS, manifest.planes)
+        wanted = _covered(repo, _belonging(there, planes), _belonging(read_checksums(result), planes), planes)
         fetch(wanted)
-    shutil.rmtree(work / ".cache", ignore_errors=True)  # without it a file that turns out damaged is fetched again
-    for file in work.iterdir():
-        if file.name not in wanted:
-            file.unlink()
+    remove(result / ".cache")  # without it a file that turns out damaged is fetched again
+    for path in result.iterdir():
+        if path.name not in wanted:
+            remove(path)
+
+
+def _covered(repo: str, there: set[str], recorded: set[str], planes: int) -> set[str]:
+    """Which files to fetch: those with a checksum, and what is made of a checkpoint later.
+
+    Raises ElastiqError where one of them is not there, or no checksum covers what every checkpoint has.
+    """
+    for name in sorted({BASE, CONFIG, *map(plane_file, range(1, planes + 1))} - recorded):
+        raise ElastiqError(f"{repo}: its checksums.json does not cover {name}; push the original again")
+    for name in sorted(recorded - there):
+        raise ElastiqError(f"{repo}: it lacks {name}, which its checksums.json lists; push the original again")
+    later = {CHECKSUMS} | (there & MADE_LATER)
+    if left := sorted(there - recorded - later):
+        log.warning("%s: no checksum covers %s, left on the hub", repo, ", ".join(left))
+    return recorded | later
 
 
 def _belonging(names: Iterable[str], planes: int) -> set[str]:

@@ -21,7 +21,8 @@ from ..checkpoint.manifest import Manifest
 from ..checkpoint.names import BASE, CHECKSUMS, QUANT_METHOD, plane_file
 from ..checkpoint.tensors import read_header
 from ..core import ElastiqError, LevelMap
-from ..inference.loading import Widths, attach, plain_widths, untie_stored
+from ..inference.attached import attach, saved_width, state_of
+from ..inference.loading import Widths, plain_widths, untie_stored
 from ..runtime import accelerate, keep_a_parameter, nested_matrices, swap
 
 
@@ -73,6 +74,7 @@ class ElastiqQuantizer(HfQuantizer):
         planes = manifest.planes if self._reader is None else max(widths.values())
         stored = _stored_arrays(files, manifest, planes, where)
         if self._reader is not None:
+            self._reader.check_side_files()
             for name in (BASE, *(plane_file(plane) for plane in range(1, planes + 1))):
                 self._reader.check(name)
         self._row_scales = {
@@ -112,23 +114,16 @@ class ElastiqQuantizer(HfQuantizer):
             if scale is not None:  # a buffer that no file holds
                 embedding: Any = model.get_submodule(name)
                 embedding.embed_scale = torch.tensor(scale, device=embedding.weight.device)
-        if self._reader is not None:
-            attach(model, self._reader)
+        attach(model, self._reader)
         keep_a_parameter(model)
         accelerate(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Everything in the checkpoint's order; config.json has to name the width in use."""
-        matrices = nested_matrices(model)
-        widths = {name: matrix.bits for name, matrix in matrices.items()}
-        same = len(set(widths.values())) == 1
-        self.quantization_config.bits = next(iter(widths.values())) if same else widths
-        self.quantization_config.planes = max(matrix.max_bits for matrix in matrices.values())
-        state = model.state_dict()
-        for name, matrix in matrices.items():
-            state |= {f"{name}.{key}": array for key, array in matrix.arrays().items()}
-        return state, {}
+        self.quantization_config.bits = saved_width(model)
+        self.quantization_config.planes = max(matrix.max_bits for matrix in nested_matrices(model).values())
+        return state_of(model), {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True

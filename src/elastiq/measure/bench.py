@@ -18,9 +18,8 @@ from ..checkpoint import CheckpointReader
 from ..core import Damage, Width
 from ..evaluate import load_full
 from ..inference.loading import load
-from ..models import load_tokenizer
 from ..runtime import NestedLinear, NestedMatrix, nested_matrices
-from ..text.evaluation import read_text, windows
+from ..text.evaluation import checkpoint_tokenizer, read_text, windows
 from .prefix import Prefix
 
 _KL_ROWS = 512
@@ -32,7 +31,7 @@ def read_windows(
 ) -> tuple[Tensor, dict[str, Any]]:
     """[windows, window] tokens of a text as the checkpoint's tokenizer cuts it, and what identifies them."""
     content, name = read_text(text), Path(text).name
-    ids = windows(content, load_tokenizer(path), window, num_windows, name)
+    ids = windows(content, checkpoint_tokenizer(path), window, num_windows, name)
     digest = hashlib.sha256(content.encode()).hexdigest()
     return ids, {"name": name, "sha256": digest, "windows": len(ids), "window": window}
 

@@ -2,6 +2,7 @@
 
 from .discover import Layout, discover
 from .fused import fused_groups
+from .generation import read_generation
 from .scaled import is_eight_bit
 from .skeleton import (
     build_skeleton,
@@ -25,5 +26,6 @@ __all__ = [
     "is_eight_bit",
     "load_module",
     "load_tokenizer",
+    "read_generation",
     "read_parameter",
 ]

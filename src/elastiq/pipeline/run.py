@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointReader, CheckpointWriter, is_finished
+from ..checkpoint import CheckpointReader, CheckpointWriter, is_finished, work_directory
+from ..checkpoint.files import tree_bytes
+from ..checkpoint.publish import new_place
 from ..checkpoint.sizes import level_sizes
 from ..core import (
     Codes,
@@ -44,7 +46,7 @@ from ..evaluate import doubts, mean_error, write_card
 from ..foreign.importing import ordinary
 from ..formats import Integer
 from ..linalg import native
-from ..models import Layout, ModelSource, build_skeleton, discover, free_module, load_module
+from ..models import Layout, ModelSource, build_skeleton, discover, free_module, load_module, read_generation
 from ..solvers import RoundToNearest
 from ..text.calibration import calibration_ids, file_names, tuning_ids
 from ..tuners.training import codes_of
@@ -113,6 +115,7 @@ def quantize(
     ElastiqError, with a sentence, for input that cannot be handled; nothing half-written is left at `output`.
     """
     num_samples, seq_len = plain_count(num_samples, "num_samples"), plain_count(seq_len, "seq_len")
+    new_place(output)
     with ordinary(model, Path(output)) as directory:
         return _quantize(
             directory, output, recipe or DEFAULT_RECIPE, calibration, num_samples, seq_len, tuning, revision, device,
@@ -137,6 +140,7 @@ def _quantize(
     begin = time.perf_counter()
     report = progress or (lambda what, done, total: None)
     source = ModelSource(model, revision)
+    read_generation(source.path)
     tokenizer = source.tokenizer()
     ids = calibration_ids(calibration, tokenizer, num_samples, seq_len)
     if len(ids) < num_samples and not isinstance(calibration, Tensor):
@@ -468,8 +472,10 @@ def _text_facts(ids: Tensor) -> dict[str, Any]:
 
 
 def _check_disk(output: Path, needed: int) -> None:
-    parent = next(path for path in output.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(parent).free
+    """Raise ElastiqError unless the disk holds `needed` bytes, what an earlier run left beside `output` included."""
+    place = new_place(output)
+    parent = next(path for path in place.parents if path.is_dir())
+    free = shutil.disk_usage(parent).free + tree_bytes(work_directory(place))
     if free < needed:
         raise ElastiqError(
             f"{parent}: the run needs {needed / 1e9:.2f} GB of free disk and there are {free / 1e9:.2f}; "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.files import write_named
 from ..core import ElastiqError
 
 if TYPE_CHECKING:
@@ -72,9 +73,16 @@ def save_line_chart(
     references: Sequence[tuple[str, float, int]],
     log_y: bool,
 ) -> None:
-    """The same picture as a file on white; the suffix names the kind (.png, .svg)."""
+    """The same picture as a file on white; the suffix names the kind.
+
+    Raises ElastiqError for another kind than .png or .svg, and if it cannot be written.
+    """
+    if file.suffix not in (".png", ".svg"):
+        raise ElastiqError(f"{file}: pictures are .png or .svg; name one of these")
     figure = _figure(lines, x_label, y_label, references, log_y, whole_x=False, colours=_ON_PAPER)
-    figure.savefig(file, dpi=160, facecolor="white", metadata={"Date": None} if file.suffix == ".svg" else None)
+    picture, metadata = io.BytesIO(), {"Date": None} if file.suffix == ".svg" else None
+    figure.savefig(picture, format=file.suffix[1:], dpi=160, facecolor="white", metadata=metadata)
+    write_named(file, picture.getvalue())
 
 
 def _figure(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import CheckpointReader
+from ..checkpoint.files import replace_file, write_named
 from ..core import ElastiqError
 from ..evaluate import checkpoint_files, full_bytes, level_sizes, made_by, mean_error, megabytes, read_evaluations
 from .charts import line_chart, save_line_chart
@@ -49,13 +49,10 @@ def write_report(path: str | Path, output: str | Path | None = None) -> Path:
     view["quality"] = [(title, Markup(svg), caption) for title, svg, caption in view["quality"]]
     view["activations"] = Markup(view["activations"]) if view["activations"] else None
     page = environment.get_template("template.html.j2").render(view)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ElastiqError(f"report: {file} cannot be written ({error.strerror}); choose another file") from None
+    if output is None:
+        replace_file(file, page.encode())
+    else:
+        write_named(file, page.encode())
     return file
 
 

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoint import CheckpointReader
+from ..checkpoint.names import CHECKSUMS
 from ..core import ElastiqError
+from ..models import load_tokenizer
 
 
 def read_text(path: str | Path) -> str:
@@ -41,3 +44,10 @@ def windows(
             "window"
         )
     return torch.tensor(ids[: count * window], dtype=torch.int64).reshape(count, window)
+
+
+def checkpoint_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint. Raises ElastiqError if it has none, or one that was altered."""
+    if (Path(path) / CHECKSUMS).is_file():
+        CheckpointReader(path).check_side_files()
+    return load_tokenizer(path)

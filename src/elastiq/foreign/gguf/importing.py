@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ...checkpoint.publish import write_aside
 from ...core import ElastiqError, held, library_errors
-from ..target import write_aside
 
 try:
     import gguf
