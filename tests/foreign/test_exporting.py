@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from random_checkpoint import write_random
 from safetensors.torch import load_file
-from tiny import build_model, make_model
+from tiny import build_model, make_config, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 from typer.testing import CliRunner
 
@@ -23,12 +24,19 @@ from elastiq.foreign.bit_stream import pack_stream, unpack_stream
 from elastiq.foreign.compressed import compressed_dense
 from elastiq.foreign.exporting import GGUF, TARGETS, AWQDirectory, CompressedTensors, GPTQDirectory, HuggingFace, export
 from elastiq.foreign.gguf.exporting import _prepends_space
+from elastiq.foreign.gguf.families import FAMILIES, complete, family_of
 from elastiq.foreign.integer import IntegerTarget, refit
+from elastiq.foreign.target import Target
 from elastiq.foreign.view import GridCodes, View
 from elastiq.runtime import nested_matrices
 
 ARRAYS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 IDS = torch.arange(40).reshape(2, 20) * 3
+CARRIED = {
+    "mistral": {"sliding_window": None},
+    "gemma3": {"num_hidden_layers": 6, "layer_types": None},
+}
+"""Settings of attention that a GGUF file can say."""
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
@@ -36,11 +44,11 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "n
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[str, Path] = {}
 
-    def get(family: str = "llama", wide: bool = False, embeddings: bool = False) -> Path:
-        key = f"{family}{wide}{embeddings}"
+    def get(family: str = "llama", wide: bool = False, embeddings: bool = False, **changes: object) -> Path:
+        key = f"{family}{wide}{embeddings}{changes}"
         if key not in made:
             directory = tmp_path_factory.mktemp(family)
-            settings = WIDE if wide else {}
+            settings = (WIDE if wide else {}) | changes
             make_model(family, directory / "source", **settings)
             made[key] = directory / "nested"
             write_random(
@@ -74,7 +82,8 @@ def test_hf_is_an_ordinary_model(checkpoint: Callable[..., Path], tmp_path: Path
 def test_gguf_of_each_family(checkpoint: Callable[..., Path], tmp_path: Path, family: str) -> None:
     """Q4_1 holds codes of four bits as they are, so the logits differ by the rounding of an offset only."""
     pytest.importorskip("gguf", reason="gguf is not installed")
-    assert export(checkpoint(family), tmp_path / "model.gguf", GGUF("Q4_1"), 4).logits < 5e-3
+    made = checkpoint(family, **CARRIED.get(family, {}))
+    assert export(made, tmp_path / "model.gguf", GGUF("Q4_1"), 4).logits < 5e-3
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
@@ -155,6 +164,90 @@ def test_gguf_refuses_queries_scaled_otherwise(tmp_path: Path) -> None:
     with pytest.raises(ElastiqError, match=r"scaled for 256 channels, and llama\.cpp would scale them for 16; export"):
         export(tmp_path / "nested", tmp_path / "out", GGUF("Q4_1"), 4)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("mistral", {"sliding_window": 8}, r"sliding_window of this mistral is 8, .* lets every layer see everything"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding_window of"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "sliding_window of"),
+        ("qwen3", {"attention_bias": True}, r"attention_bias of this qwen3 is True, .*takes False for granted"),
+        ("llama", {"hidden_act": "relu"}, r"hidden_act of this llama is 'relu', which a GGUF file cannot say"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function of this gpt2 is 'relu'"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx of this gpt2 is True"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights of this gpt2 is False"),
+        ("gemma2", {"attn_logit_softcapping": None}, r"attn_logit_softcapping of this gemma2 is None, .*always caps"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, r"layer_types of this gemma2 .*lets one layer in 2 see"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention of this gemma2 is True"),
+        ("gemma3", {}, r"layer_types of this gemma3_text .*lets one layer in 6 see everything"),
+        (
+            "qwen3",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                 "original_max_position_embeddings": 64}},
+            "the rotation 'yarn' of qwen3 cannot be written; export to hf",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1}},
+            r"llama_4_scaling_beta of the rotation of this llama is 0\.1, .*has no such number",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gguf_names_what_it_cannot_say(tmp_path: Path, family: str, settings: dict[str, object], message: str) -> None:
+    """Every setting that differs from what the family always has, whatever it is called."""
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    config = complete(make_config(family, **settings).to_dict())
+    with pytest.raises(ElastiqError, match=message):
+        family_of(config)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_gguf_takes_a_default_of_every_family(family: str) -> None:
+    family_of(complete({"model_type": family, **({"sliding_window": None} if family == "mistral" else {})}))
+
+
+def test_gguf_takes_windows_that_nothing_feels() -> None:
+    """A window as long as the context, and settings of windows that are turned off."""
+    family_of(complete(make_config("mistral", sliding_window=256).to_dict()))
+    off = {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1}
+    family_of(complete(make_config("qwen2", **off).to_dict()))
+
+
+@pytest.mark.parametrize("target", [GGUF("Q4_1"), GPTQDirectory(), AWQDirectory(), CompressedTensors(), HuggingFace()])
+def test_a_head_of_its_own_under_a_config_that_ties(checkpoint: Callable[..., Path], tmp_path: Path, target: Target
+                                                    ) -> None:  # fmt: skip
+    """As it is loaded: the head that is stored, whatever config.json says."""
+    nested = shutil.copytree(checkpoint(), tmp_path / "nested")
+    config = json.loads((nested / "config.json").read_text())
+    (nested / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    checksums = json.loads((nested / "checksums.json").read_text())
+    checksums["files"]["config.json"]["sha256"] = hashlib.sha256((nested / "config.json").read_bytes()).hexdigest()
+    (nested / "checksums.json").write_text(json.dumps(checksums))
+    summary = export(nested, tmp_path / "out", target, 4)
+    assert summary.logits < 0.15
+    if not target.is_file:
+        assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_gguf_without_what_has_a_default(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    nested = shutil.copytree(checkpoint(rms_norm_eps=1e-6, max_position_embeddings=2048), tmp_path / "nested")
+    config = json.loads((nested / "config.json").read_text())
+    for key in ("rms_norm_eps", "max_position_embeddings", "rope_parameters", "head_dim"):
+        config.pop(key, None)
+    (nested / "config.json").write_text(json.dumps(config))
+    reader = View(CheckpointReader(nested, verify=False), 4)
+    GGUF("Q4_1").write(reader, tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    said = {key: fields[f"llama.{key}"].contents() for key in (
+        "attention.layer_norm_rms_epsilon", "context_length", "rope.freq_base", "attention.key_length"
+    )}  # fmt: skip
+    assert said == {
+        "attention.layer_norm_rms_epsilon": pytest.approx(1e-6), "context_length": 2048, "rope.freq_base": 10000.0,
+        "attention.key_length": 16,
+    }  # fmt: skip
 
 
 def canonical_stream(words: torch.Tensor, bits: int, count: int) -> list[int]:

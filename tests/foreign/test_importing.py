@@ -21,7 +21,9 @@ import elastiq
 from elastiq import ElastiqError, embedded
 from elastiq.checkpoint import CheckpointReader
 from elastiq.cli import app
+from elastiq.foreign.bit_stream import pack_stream
 from elastiq.foreign.bitsandbytes import bitsandbytes_dense
+from elastiq.foreign.compressed import compressed_dense
 from elastiq.foreign.exporting import GGUF, AWQDirectory, CompressedTensors, GPTQDirectory, export
 from elastiq.foreign.gguf.importing import check_gguf
 from elastiq.foreign.importing import import_model, ordinary
@@ -231,6 +233,73 @@ def test_damaged_packed_directories(nested: Path, tmp_path: Path) -> None:
     arrays[f"{layer}.g_idx"][3] = 0
     assert "do not fit together" in broken(lambda: arrays.pop(f"{layer}.scales"))
     assert "quant_method 'new' is not read; known: gptq" in broken(lambda: settings_.update(quant_method="new"))
+
+
+@pytest.mark.parametrize(
+    ("target", "change", "message"),
+    [
+        (GPTQDirectory(), {"checkpoint_format": "marlin"}, r"checkpoint_format is 'marlin' in its settings, which"),
+        (GPTQDirectory(), {"rotation": "hadamard"}, r"rotation is 'hadamard' in its settings, which is not read; take"),
+        (GPTQDirectory(), {"pack_dtype": "int8"}, r"pack_dtype is 'int8'"),
+        (AWQDirectory(), {"zero_point": "half"}, r"zero_point is 'half'"),
+        (CompressedTensors(), {"transform_config": {"R1": {}}}, r"transform_config is \{'R1': \{\}\}"),
+        (CompressedTensors(), {"kv_cache_scheme": {"num_bits": 8}}, r"kv_cache_scheme is \{'num_bits': 8\}"),
+        (CompressedTensors(), {"config_groups": {"a": {"input_activations": {"num_bits": 8}}}},
+         r"config_groups\.a\.input_activations is \{'num_bits': 8\} in its settings"),
+        (CompressedTensors(), {"config_groups": {"a": {"weights": {"num_bits": 4, "type": "float"}}}},
+         r"config_groups\.a\.weights\.type is 'float'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_are_not_read(
+    nested: Path, tmp_path: Path, target: GPTQDirectory, change: dict[str, object], message: str
+) -> None:
+    """What changes a model and is not known is named; what is empty says nothing."""
+    export(nested, tmp_path / "packed", target, 4)
+    config = json.loads((tmp_path / "packed/config.json").read_text())
+    config["quantization_config"] |= {"unheard_of": None, **change}
+    (tmp_path / "packed/config.json").write_text(json.dumps(config))
+    with pytest.raises(ElastiqError, match=message):
+        import_model(tmp_path / "packed", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_packed_arrays_that_nothing_reads(nested: Path, tmp_path: Path) -> None:
+    """Named, like parameters that no array makes; biases of nothing but zeros say nothing."""
+    export(nested, tmp_path / "packed", GPTQDirectory(), 4)
+    whole = load_file(tmp_path / "packed/model.safetensors")
+    layer = "model.layers.0.mlp.up_proj"
+    zeros, scale = torch.zeros(whole[f"{layer}.scales"].shape[1]), torch.ones(1)
+
+    def stored(arrays: dict[str, torch.Tensor]) -> None:
+        save_file(arrays, tmp_path / "packed/model.safetensors")
+
+    for strange, values in ((f"{layer}.input_scale", scale), (f"{layer}.bias", zeros + 1)):
+        stored(whole | {strange: values})
+        with pytest.raises(ElastiqError, match=rf"nothing of \w+ForCausalLM takes {strange}; take the model's own"):
+            import_model(tmp_path / "packed", tmp_path / "out")
+    stored({name: array for name, array in whole.items() if name != "model.norm.weight"})
+    with pytest.raises(ElastiqError, match=r"no array of it makes model\.norm\.weight of \w+ForCausalLM; copy"):
+        import_model(tmp_path / "packed", tmp_path / "out")
+    stored(whole | {f"{layer}.bias": zeros})
+    import_model(tmp_path / "packed", tmp_path / "out")
+    assert torch.isfinite(logits(tmp_path / "out")).all()
+
+
+def test_groups_of_compressed_tensors_need_not_be_neighbours() -> None:
+    """With activation ordering every channel names its group."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (4, 16), generator=generator, dtype=torch.uint8)
+    scale = 1 + torch.rand(4, 2, generator=generator).half()
+    group = torch.randperm(16, generator=generator) % 2
+    arrays = {
+        "weight_packed": pack_stream(codes, 4),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([4, 16]),
+        "weight_g_idx": group.int(),
+    }
+    wanted = [[(int(codes[row, i]) - 8) * float(scale[row, int(group[i])]) for i in range(16)] for row in range(4)]
+    assert torch.equal(compressed_dense(arrays, 4), torch.tensor(wanted))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -78,6 +78,8 @@ def taught(family: str, directory: Path) -> Path:
         shape |= {"initializer_range": 0.06}  # so that attention matters
     if family in ("gemma2", "gemma3"):
         shape["query_pre_attn_scalar"] = 64
+    if family == "gemma3":
+        shape |= {"num_hidden_layers": 6, "layer_types": None}  # llama.cpp lets one layer in six see everything
     if family == "mistral":
         shape["sliding_window"] = None  # llama.cpp has none for it
     torch.manual_seed(0)

@@ -139,6 +139,8 @@ def compressed_dense(arrays: dict[str, Tensor], bits: int) -> Tensor:
     zero = torch.full_like(scale, 2 ** (bits - 1))
     if "weight_zero_point" in arrays:
         zero = unpack_stream(arrays["weight_zero_point"].T, bits, rows).T.float()
-    size = columns // scale.shape[1]
     codes = unpack_stream(arrays["weight_packed"], bits, columns).float()
-    return (codes - zero.repeat_interleave(size, 1)) * scale.repeat_interleave(size, 1)
+    group = torch.arange(columns) // (columns // scale.shape[1])
+    if "weight_g_idx" in arrays:  # groups of channels that need not be neighbours
+        group = arrays["weight_g_idx"].long()
+    return (codes - zero[:, group]) * scale[:, group]

@@ -20,6 +20,8 @@ from . import bitsandbytes
 from .awq import awq_dense
 from .compressed import compressed_dense
 from .gptq import gptq_dense
+from .packed_settings import AWQ, BITSANDBYTES, COMPRESSED, GPTQ, Known, check_settings
+from .read_back import read_back
 
 Layer = dict[str, Tensor]
 """Arrays of one packed layer by short name."""
@@ -37,7 +39,8 @@ def import_packed(directory: str | Path, output: str | Path) -> None:
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if not isinstance(settings, dict) or not isinstance(method, str) or method not in METHODS:
         raise ElastiqError(f"{directory}: quant_method {method!r} is not read; known: {', '.join(METHODS)}")
-    key, reader = METHODS[method]
+    key, reader, known = METHODS[method]
+    check_settings(directory, settings, known)
     dense = reader(settings)
     write_aside(Path(output), False, lambda work: _write(directory, work, config, key, dense))
 
@@ -80,6 +83,9 @@ def _write(
     write_tensors(work / "model.safetensors", specs, payload)
     kept = {name: value for name, value in config.items() if name != "quantization_config"}
     write_durably(work / CONFIG, [json_bytes(kept, CONFIG)])
+    read_back(
+        directory, work, "meta", lambda name: name.endswith(".bias") and name in files and not bool(array(name).any())
+    )
     for path in sorted(directory.iterdir()):
         if travels_along(path.name) and path.is_file():
             write_durably(work / path.name, range_chunks(path, 0, path.stat().st_size))
@@ -99,7 +105,7 @@ def _files(directory: Path) -> dict[str, Path]:
 
 
 def _gptq(settings: Mapping[str, Any]) -> Callable[[str, Layer], Tensor]:
-    less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+    less = 0 if "gptq_v2" in (settings.get("checkpoint_format"), settings.get("format")) else 1
 
     def dense(layer: str, arrays: Layer) -> Tensor:
         return gptq_dense(arrays, _width(len(arrays["qweight"]), arrays["g_idx"].numel(), layer), less)
@@ -138,12 +144,14 @@ def _width(words: int, codes: int, layer: str) -> int:
 _TRANSPOSED = {"gpt2": ("c_attn", "c_fc", "c_proj"), "openai-gpt": ("c_attn", "c_fc", "c_proj")}
 """Layers whose weight the model keeps as [in, out], by family."""
 _SHORTS = (
-    *("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+    *("qweight", "qzeros", "scales", "g_idx"),
+    *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
     *bitsandbytes.SHORTS,
 )
-METHODS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Callable[[str, Layer], Tensor]]]] = {
-    "gptq": ("qweight", _gptq),
-    "awq": ("qweight", _awq),
-    "compressed-tensors": ("weight_packed", _compressed),
-    "bitsandbytes": (bitsandbytes.KEY, bitsandbytes.bitsandbytes_reader),
+METHODS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Callable[[str, Layer], Tensor]], Known]] = {
+    "gptq": ("qweight", _gptq, GPTQ),
+    "awq": ("qweight", _awq, AWQ),
+    "compressed-tensors": ("weight_packed", _compressed, COMPRESSED),
+    "bitsandbytes": (bitsandbytes.KEY, bitsandbytes.bitsandbytes_reader, BITSANDBYTES),
 }
+"""By quant_method: the array by which a packed layer is known, how layers are unpacked, the settings it may have."""

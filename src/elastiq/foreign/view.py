@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.reader import CheckpointReader
 from ..core import ElastiqError, RowPowers, Width, derive
+from ..inference.loading import has_own_head
 from ..linalg import unpack_planes
 from ..parts import TableCodes
 from ..runtime.nested import NestedMatrix
@@ -69,10 +71,11 @@ class View:
     def matrices(self) -> dict[str, StoredMatrix]:
         return self.reader.manifest.matrices
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json without the quantization."""
-        return {key: value for key, value in self.reader.config.items() if key != "quantization_config"}
+        """config.json without the quantization; it ties no embeddings where the head is stored apart from them."""
+        config = {key: value for key, value in self.reader.config.items() if key != "quantization_config"}
+        return config | {"tie_word_embeddings": False} if has_own_head(self.reader) else config
 
     def codes(self, name: str, bits: int | None = None) -> GridCodes:
         """One matrix at its width, or at `bits`; powers of two of its rows are multiplied into the scales. Raises

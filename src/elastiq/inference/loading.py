@@ -73,7 +73,7 @@ def load(
     reader.check_side_files()
     config = _config(reader.path, reader.config)
     model = _skeleton(reader, config, dtype or _dtype(config, torch.device(device)))
-    untie_stored(model, reader.base_specs.keys() | {f"{name}.weight" for name in reader.manifest.matrices})
+    untie_stored(model, _stored(reader))
     for matrix in reader.manifest.matrices.values():
         swap(model, matrix)
     matrices = nested_matrices(model)
@@ -260,14 +260,31 @@ def _skeleton(reader: CheckpointReader, config: PretrainedConfig, dtype: torch.d
 
 def untie_stored(model: PreTrainedModel, stored: Set[str]) -> None:
     """Parameters that config.json ties but the checkpoint stores apart (both in `stored`) become their own."""
+    for name in stored_apart(model, stored):
+        parent, _, key = name.rpartition(".")
+        own = torch.empty_like(model.get_parameter(name), device="meta")
+        model.get_submodule(parent)._parameters[key] = nn.Parameter(own, requires_grad=False)
+
+
+def has_own_head(reader: CheckpointReader) -> bool:
+    """Whether config.json ties parameters that the checkpoint stores apart, such as a head of its own."""
+    config = _config(reader)
+    if not getattr(config.get_text_config(), "tie_word_embeddings", True):
+        return False
+    return bool(stored_apart(_skeleton(reader, config, torch.float32), _stored(reader)))
+
+
+def _stored(reader: CheckpointReader) -> Set[str]:
+    """Names of all parameters in a checkpoint."""
+    return reader.base_specs.keys() | {f"{name}.weight" for name in reader.manifest.matrices}
+
+
+def stored_apart(model: PreTrainedModel, stored: Set[str]) -> list[str]:
+    """Names in `stored` of parameters that `model` shares with another one in `stored`."""
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
-    for aliases in names.values():
-        for name in [alias for alias in aliases if alias in stored][1:]:
-            parent, _, key = name.rpartition(".")
-            own = torch.empty_like(model.get_parameter(name), device="meta")
-            model.get_submodule(parent)._parameters[key] = nn.Parameter(own, requires_grad=False)
+    return [name for aliases in names.values() for name in [alias for alias in aliases if alias in stored][1:]]
 
 
 def _assign_base(model: PreTrainedModel, reader: CheckpointReader) -> None:

@@ -20,7 +20,7 @@ from ...core import ElastiqError
 from ..target import Exported, ExportedMatrix, Target, dense_model, relative_error, require_rows_held
 from ..view import GridCodes, View
 from .blocks import BLOCK_TYPES, BlockType, encode
-from .families import Family, family_of
+from .families import Config, Family, complete, family_of
 
 try:
     import gguf
@@ -55,7 +55,7 @@ class GGUF(Target, name="gguf"):
             raise ElastiqError("gguf: the package gguf is not installed; run pip install 'elastiq[gguf]'")
         if self.type is not None and self.type not in BLOCK_TYPES:
             raise ElastiqError(f"gguf: unknown type {self.type}; known: {', '.join(BLOCK_TYPES)}")
-        family_of(view.config)
+        family_of(complete(view.config))
         for name, stored in view.matrices.items():
             if stored.in_features % 32:
                 raise ElastiqError(
@@ -64,19 +64,20 @@ class GGUF(Target, name="gguf"):
                 )
 
     def write(self, view: View, path: Path) -> Exported:
-        family = family_of(view.config)
-        names = _names(view, family)
+        config = complete(view.config)
+        family = family_of(config)
+        names = _names(view, family, config)
         done = Exported()
         writer = gguf.GGUFWriter(path, family.architecture)
         writer.add_name(str(view.config.get("_name_or_path") or view.reader.info.get("model") or view.reader.path.name))
-        family.describe(writer, view.config)
+        family.describe(writer, config)
         _add_tokenizer(writer, view)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         kinds = {name: self._kind(view, name) for name in view.matrices}
         main = max(kinds.values(), key=lambda kind: sum(k is kind for k in kinds.values()))
         writer.add_file_type(_FILE_TYPES[main.name])
         arrays = sorted([*view.matrices, *view.reader.base_specs], key=lambda name: _order(names[name]))
-        extra = dict(family.extra_tensors(view.config))
+        extra = dict(family.extra_tensors(config))
         announced = {names[name]: _announced(view, name, kinds) for name in arrays}
         announced |= {name: ("F32", list(values.shape)) for name, values in extra.items()}
         for name, (kind, shape) in announced.items():
@@ -88,9 +89,9 @@ class GGUF(Target, name="gguf"):
         base = dict(view.base())
         for name in arrays:
             if name in base:
-                writer.write_tensor_data(_plain(family.adapt(name, base[name].float(), view.config), base[name].dtype))
+                writer.write_tensor_data(_plain(family.adapt(name, base[name].float(), config), base[name].dtype))
             else:
-                data, row = self._matrix(view, name, kinds[name], family)
+                data, row = self._matrix(view, name, kinds[name], family, config)
                 writer.write_tensor_data(data)
                 done.matrices.append(row)
         for values in extra.values():
@@ -99,15 +100,16 @@ class GGUF(Target, name="gguf"):
         return done
 
     def open(self, path: Path, view: View) -> PreTrainedModel:
-        family = family_of(view.config)
-        ours = {theirs: name for name, theirs in _names(view, family).items()}
+        config = complete(view.config)
+        family = family_of(config)
+        ours = {theirs: name for name, theirs in _names(view, family, config).items()}
         state = []
         for tensor in gguf.GGUFReader(path).tensors:
             if tensor.name in ours:
                 values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
                 name, stored = ours[tensor.name], view.matrices.get(ours[tensor.name])
                 full = name if stored is None else f"{name}.weight"
-                values = family.restore(full, values, view.config)
+                values = family.restore(full, values, config)
                 state.append((full, values.T if stored is not None and stored.role == "conv1d" else values))
         return dense_model(view, state)
 
@@ -124,17 +126,19 @@ class GGUF(Target, name="gguf"):
             kind = BLOCK_TYPES[kind.fallback]
         return kind
 
-    def _matrix(self, view: View, name: str, kind: BlockType, family: Family) -> tuple[np.ndarray, ExportedMatrix]:
+    def _matrix(
+        self, view: View, name: str, kind: BlockType, family: Family, config: Config
+    ) -> tuple[np.ndarray, ExportedMatrix]:
         own = view.codes(name)
         levels = view.matrices[name].levels
         between = own.bits > levels[0] and own.bits not in levels
         fits = (kind.affine or kind.bits > own.bits) and not between
         codes = own if fits else view.codes(name, view.reader.available[-1])
         scale, offset = _runs(codes, kind)
-        values = family.adapt(f"{name}.weight", codes.dense(), view.config)
+        values = family.adapt(f"{name}.weight", codes.dense(), config)
         if scale is not None and offset is not None:
-            scale = family.adapt(f"{name}.weight", scale, view.config)
-            offset = family.adapt(f"{name}.weight", offset, view.config)
+            scale = family.adapt(f"{name}.weight", scale, config)
+            offset = family.adapt(f"{name}.weight", offset, config)
         data = encode(kind, values, scale, offset).numpy()
         held = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[kind.name]))
         error = relative_error(values, held)
@@ -156,9 +160,9 @@ def _runs(codes: GridCodes, kind: BlockType) -> tuple[Tensor | None, Tensor | No
     return scale[:, :: kind.run], (-scale * zero_point)[:, :: kind.run]
 
 
-def _names(view: View, family: Family) -> dict[str, str]:
+def _names(view: View, family: Family, config: Config) -> dict[str, str]:
     """llama.cpp's name of everything in the checkpoint."""
-    count = view.config.get("num_hidden_layers") or view.config["n_layer"]
+    count = config.get("num_hidden_layers") or config["n_layer"]
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.architecture.upper()], count)
     names: dict[str, str] = {}
     for name in (*view.reader.base_specs, *view.matrices):
@@ -204,7 +208,7 @@ def _add_tokenizer(writer: Any, view: View) -> None:
     model = data.get("model", {}) if isinstance(data, dict) else {}
     if model.get("type") != "BPE":
         raise ElastiqError(f"gguf: the tokenizer is {model.get('type')!r}, only BPE can be written; export to hf")
-    size = view.config["vocab_size"]
+    size = complete(view.config)["vocab_size"]
     tokens = [f"[PAD{index}]" for index in range(size)]
     kinds = [gguf.TokenType.UNUSED] * size
     named = [(token, index, gguf.TokenType.NORMAL) for token, index in model["vocab"].items()]
