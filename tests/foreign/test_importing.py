@@ -95,17 +95,18 @@ def test_shards_are_those_of_the_index(nested: Path, tmp_path: Path) -> None:
     packed = tmp_path / "packed"
     export(nested, packed, GPTQDirectory(), 4)
     index, names = packed / "model.safetensors.index.json", list(load_file(packed / "model.safetensors"))
+    (packed / "model.safetensors").rename(packed / "model-1.safetensors")
     for file, message in (
         ("../model.safetensors", r"names a shard outside its directory: \.\./model\.safetensors"),
         ("model-2.safetensors", r"lacks the shard model-2\.safetensors that"),
-        ("model.safetensors", r"model\.safetensors\.index\.json promises another, which no file holds"),
+        ("model-1.safetensors", r"model\.safetensors\.index\.json promises the tensor another, which no file holds"),
     ):
-        weight_map = dict.fromkeys([*names, "another"], "model.safetensors") | {names[0]: file}
+        weight_map = dict.fromkeys([*names, "another"], "model-1.safetensors") | {names[0]: file}
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(ElastiqError, match=message):
             import_model(packed, tmp_path / "out")
     index.unlink()
-    (packed / "model.safetensors").rename(packed / "pytorch_model.bin")
+    (packed / "model-1.safetensors").rename(packed / "pytorch_model.bin")
     with pytest.raises(ElastiqError, match="holds its weights as pickle files only, which are never read"):
         import_model(packed, tmp_path / "out")
     assert not (tmp_path / "out").exists()

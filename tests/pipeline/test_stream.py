@@ -105,7 +105,7 @@ def test_calibration_that_cannot_be_used(tmp_path: Path) -> None:
     refused([{"prompt": "?"}], "calibration record 0: a record is")
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     chat = [{"messages": [{"role": "user", "content": "hello"}]}]
-    refused(chat, "calibration record 0: the chat template cannot render these messages: no such role")
+    refused(chat, "calibration record 0: the chat template cannot render these messages \\(no such role\\); mend them")
     tokenizer.chat_template = None
     refused(chat, "no chat template to render messages with")
 
