@@ -4,7 +4,8 @@
     python benchmarks/llamacpp.py NESTED --programs DIR --text FILE --model MODEL --calibration FILE   # beside its own
 
 DIR holds llama-perplexity, llama-completion, llama-quantize and llama-imatrix. The protocol: windows of 512 tokens, the
-last 255 predictions of each count. "here" is what torch makes of the file's tensors as the package gguf decodes them,
+last 255 predictions of each count; where the tokenizer puts a token in front of a text, it takes the place of every
+window's first. "here" is what torch makes of the file's tensors as the package gguf decodes them,
 with exact inputs and with inputs of every matrix rounded to eight bits, as llama.cpp's products on a CPU round them.
 With --model, llama.cpp quantizes that 16-bit model to the same type (decoder matrices; the embedding stays 16 bits),
 without and with an importance matrix of 32 windows of the calibration text.
@@ -32,6 +33,7 @@ from elastiq.foreign.exporting import GGUF, export
 from elastiq.foreign.gguf.exporting import _add_tokenizer, _names, _plain
 from elastiq.foreign.gguf.families import family_of
 from elastiq.foreign.view import View
+from elastiq.text import beginning, tokenize
 
 TYPES = {"Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q4_0": 4, "Q4_1": 4, "Q5_K": 5, "Q5_0": 5, "Q5_1": 5, "Q6_K": 6, "Q8_0": 8}
 """The width whose level is written as each type."""
@@ -93,9 +95,16 @@ def _rounded(block: int, module: torch.nn.Module, inputs: tuple[torch.Tensor, ..
 
 
 def read_windows(nested: Path, text: Path, chunks: int) -> torch.Tensor:
+    """Token ids [chunks, 512] as llama-perplexity cuts them: the text with its beginning, and the first token of every
+    window overwritten by it."""
     tokenizer = AutoTokenizer.from_pretrained(nested)
-    ids = tokenizer(text.read_text(), add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
-    return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)[:chunks]
+    start = beginning(tokenizer)
+    if len(start) > 1:
+        raise SystemExit(f"the tokenizer begins a text with {len(start)} tokens, llama-perplexity a window with one")
+    ids = torch.tensor([*start, *tokenize(text.read_text(), tokenizer, str(text), start)])
+    windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)[:chunks].clone()
+    windows[:, : len(start)] = torch.tensor(start, dtype=torch.long)
+    return windows
 
 
 def write_float(view: View, model: Path, path: Path) -> None:

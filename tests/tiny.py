@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -74,13 +74,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level tokenizer of 258 tokens: the 256 bytes, <s> and </s>; it has a chat template."""
+def make_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
+    """Byte-level tokenizer of 258 tokens: the 256 bytes, <s> and </s>; it has a chat template.
+
+    template: of its post-processor, such as `<s> $A`; it has none by default.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*alphabet, "<s>", "</s>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if template is not None:
+        special = [("<s>", 256), ("</s>", 257)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = CHAT_TEMPLATE
     return fast

@@ -9,8 +9,9 @@ it runs in every peer's environment, whatever versions that peer pins.
 The scripts of this folder write such other models with --save DIR (weights decoded to float32, and row.json, the fields
 of their rows); judging several in one call runs the full model once.
 
-Protocol: a text file is tokenized as one string without special tokens and cut from its beginning into windows of
---seq-len tokens that do not overlap; every window gives seq_len - 1 predictions. Weights are read as stored and all
+Protocol: a text file is tokenized as one string and cut from its beginning into windows of --seq-len tokens that do not
+overlap, the first of them what the tokenizer puts in front of a text, where it does (at most one token); every window
+gives seq_len - 1 predictions. Weights are read as stored and all
 arithmetic is float32; the divergence is summed in float64.
 """
 
@@ -57,9 +58,15 @@ def read_windows(model_dir: Path, text: Path, count: int, seq_len: int) -> torch
     # A window of 512 tokens never needs more than 40 characters a token here; tokenizing the rest would be waste, and
     # the cut lies so far behind the last window that it cannot change a token inside.
     ids = tokenizer(content[: count * seq_len * 40 + 100_000], add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) < count * seq_len:
-        raise ValueError(f"{text}: {len(ids)} tokens, but {count} windows of {seq_len} need {count * seq_len}")
-    return torch.tensor(ids[: count * seq_len]).reshape(count, seq_len)
+    plain, whole = (tokenizer("A text", add_special_tokens=special)["input_ids"] for special in (False, True))
+    start = whole[: whole.index(plain[0])]
+    if len(start) > 1:
+        raise ValueError(f"{model_dir}: a text begins with the tokens {start}; at most one is handled here")
+    room = seq_len - len(start)
+    if len(ids) < count * room:
+        raise ValueError(f"{text}: {len(ids)} tokens, but {count} windows of {seq_len} need {count * room}")
+    rows = torch.tensor(ids[: count * room]).reshape(count, room)
+    return torch.cat([torch.tensor(start, dtype=torch.long).expand(count, len(start)), rows], dim=1)
 
 
 def load_dense(model_dir: Path) -> nn.Module:

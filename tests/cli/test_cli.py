@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import make_model, make_tokenizer
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
@@ -302,7 +303,8 @@ def test_allocate_prints_every_unit(made: tuple[Path, Result], text_file: Path, 
     assert json.loads((tmp_path / "map.json").read_text())["widths"] == found["widths"]
     mixed = ["--bits", "2,3.37", "--map", tmp_path / "map.json"]
     rows = ok("evaluate", output, "--text", text_file, "--window", 32, *mixed).stdout.splitlines()
-    assert [line.split()[0] for line in rows[1:4]] == ["2", str(round(found["mean_bits"], 4)), "3.37"]
+    (digest,) = re.findall(r"map (\w{8}): mean width", result.stdout)
+    assert [line.split("  ")[0] for line in rows[1:-1]] == ["2", f"3.37 (map {digest})"], "one map, asked for twice"
     assert ok("generate", output, "lazy", "--map", tmp_path / "map.json", "--max-new-tokens", 2).stdout
     assert ok("generate", output, "lazy", "--bits", 2.5, "--max-new-tokens", 2).stdout
     assert ok("generate", output, "lazy", "--memory", "1MB", "--max-new-tokens", 2).stdout
@@ -374,3 +376,37 @@ def test_a_tuned_recipe(model: Path, text_file: Path, tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"--calibration {text_file.name} --tuning-text {text_file.name} --num-samples 2 --seq-len 32" in card
     assert "tuner: EfficientQAT, arXiv:2407.11062" in ok("cite", tmp_path / "out").stdout
+
+
+def test_windows_start_as_the_tokenizer_starts_a_text(text_file: Path, tmp_path: Path) -> None:
+    """Every command that cuts a text says so, and --no-bos takes it back."""
+    model, output, plain = make_model("llama", tmp_path / "model"), tmp_path / "nested", tmp_path / "plain"
+    make_tokenizer("<s> $A").save_pretrained(model)
+    quick = [*QUICK, "--calibration", text_file]
+    ok("quantize", model, "-o", output, *quick)
+    ok("quantize", model, "-o", plain, *quick, "--no-bos")
+    facts = [json.loads((path / "fingerprint.json").read_text())["calibration"] for path in (output, plain)]
+    assert facts[0]["beginning"] == [256] and "beginning" not in facts[1] and facts[0]["text"] != facts[1]["text"]
+    assert "--no-bos" not in (output / "README.md").read_text()
+    assert re.search(r"elastiq quantize .* --no-bos$", (plain / "README.md").read_text(), re.MULTILINE)
+    assert "beginning was [256], is not set" in run("quantize", model, "-o", output, *quick, "--no-bos").stderr
+    few = ["--text", text_file, "--window", 32, "--num-windows", 1]
+    begins = "the tokenizer's token 256 before every window"
+    for command in (["inspect", model], ["evaluate", output, *few]):
+        assert begins in ok(*command).stdout
+        assert "no special tokens" in ok(*command, "--no-bos").stdout
+    assert begins in (output / "README.md").read_text()
+    ok("sensitivity", output, *few, "--no-bos", "--json", tmp_path / "kl.json")
+    assert "beginning" not in json.loads((tmp_path / "kl.json").read_text())["text"]
+    ok("quantize", model, "-o", tmp_path / "r", *QUICK, "--rehearse", "--no-bos")
+
+
+def test_half_of_a_surrogate_pair_is_one_sentence(made: tuple[Path, Result], model: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half.jsonl"
+    half.write_text('{"text": "words"}\n{"text": "half \\ud83d"}\n')
+    for command in (["quantize", model, "-o", tmp_path / "out", "--calibration"], ["inspect", model, "--calibration"]):
+        result = run(*command, half)
+        assert result.exit_code == 1 and "half.jsonl, line 2: the text has U+D83D, half of a surrogate" in result.stderr
+    for options in ([], ["--raw"]):
+        result = run("generate", made[0], "half \ud83d", *options)
+        assert result.exit_code == 1 and "the prompt: the text has U+D83D, half of a surrogate pair" in result.stderr

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from random_checkpoint import write_random
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elastiq import recipes
 from elastiq.checkpoint import CheckpointReader
-from elastiq.core import ElastiqError
-from elastiq.evaluate import evaluate, evaluation, level_sizes, megabytes, scores
+from elastiq.core import ElastiqError, LevelMap
+from elastiq.evaluate import evaluate, evaluation, level_sizes, megabytes, read_evaluations, row_name, scores
 from elastiq.inference.loading import bytes_in_memory, load
 from elastiq.measure import inspect_checkpoint
 from elastiq.pipeline.run import quantize
@@ -229,3 +230,80 @@ def test_another_vocabulary_is_refused(random_checkpoint: Path, text_file: Path,
 def test_logits_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ElastiqError, match=r"3 bits: logits are not finite in torch.float32; use --dtype float32"):
         scores.Scores("3 bits").add(torch.full((2, 5), float("nan")), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "</s> <s> $A"])
+def test_what_the_tokenizer_puts_before_a_text_is_context_and_not_counted(
+    template: str, text_file: Path, tmp_path: Path
+) -> None:
+    """Against whole logits: every token of the text counts once, none of the beginning does."""
+    import tiny
+
+    source, checkpoint = tiny.make_model("llama", tmp_path / "model"), tmp_path / "nested"
+    tiny.make_tokenizer(template).save_pretrained(source)
+    write_random(AutoModelForCausalLM.from_pretrained(source), source, checkpoint)
+    start = [{"<s>": 256, "</s>": 257}[token] for token in template.split()[:-1]]
+    plain = AutoTokenizer.from_pretrained(source)(text_file.read_text(), add_special_tokens=False)["input_ids"]
+    room, model = WINDOW - len(start), load(checkpoint, 4, dtype=torch.float32)
+    nll = 0.0
+    for first in range(0, 3 * room, room):
+        window = torch.tensor([start + plain[first : first + room]])
+        with torch.no_grad():
+            log_q = model(window).logits[0].double().log_softmax(-1)
+        nll -= sum(float(log_q[place - 1, window[0, place]]) for place in range(len(start), WINDOW))
+    given: dict[str, Any] = {"window": WINDOW, "num_windows": 3, "against": source}
+    result = evaluate(checkpoint, [4], text_file, **given)
+    assert result["levels"][0]["perplexity"] == pytest.approx(math.exp(nll / (3 * room)), rel=1e-4)
+    protocol = result["protocol"]
+    tokens = "token 256" if len(start) == 1 else "tokens 257, 256"
+    assert protocol["words"].startswith(
+        f"sample.txt as one text, the tokenizer's {tokens} before every window, 3 non-overlapping windows of 24 "
+        f"tokens, {room} predictions each; "
+    )
+    assert (protocol["beginning"], protocol["predicted_tokens"]) == (start, 3 * room)
+    without = evaluate(checkpoint, [4], text_file, bos=False, **given)
+    assert "beginning" not in without["protocol"] and "no special tokens" in without["protocol"]["words"]
+    assert without["protocol"]["predicted_tokens"] == 3 * (WINDOW - 1)
+    assert without["levels"][0]["perplexity"] != result["levels"][0]["perplexity"]
+    assert [e["protocol"] for e in read_evaluations(checkpoint)] == [protocol, without["protocol"]]
+
+
+def test_two_maps_of_one_mean_and_a_width_are_three_rows(
+    random_checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "copy"
+    shutil.copytree(random_checkpoint, checkpoint)
+    names = list(CheckpointReader(checkpoint).manifest.matrices)
+    q, k, v, o = (next(n for n in names if n.endswith(f"layers.0.self_attn.{p}_proj")) for p in "qkvo")
+    base = dict.fromkeys(names, 3)
+    maps = [LevelMap({**base, low: 2, high: 4}) for low, high in ((q, o), (o, q), (k, v))]
+    given: dict[str, Any] = {"window": WINDOW, "num_windows": 1}
+    result = evaluate(checkpoint, [maps[0], 3, maps[1], LevelMap(base), maps[0]], text_file, **given)
+    rows = result["levels"]
+    assert [row["bits"] for row in rows] == [3, 3.0, 3.0]
+    assert "map" not in rows[0] and {row["map"] for row in rows[1:]} == {maps[0].digest, maps[1].digest}
+    assert len({row["perplexity"] for row in rows}) == 3
+    assert row_name(rows[0]) == "3" and row_name(rows[1]) == f"3 (map {rows[1]['map']})"
+    evaluate(checkpoint, [maps[2], maps[0]], text_file, **given)
+    (kept,) = read_evaluations(checkpoint)
+    assert [row.get("map") for row in kept["levels"]] == [None, *sorted(m.digest for m in maps)]
+    assert kept["levels"][0] == rows[0]
+    card = (checkpoint / "README.md").read_text()
+    for row in kept["levels"]:
+        (line,) = (line for line in card.splitlines() if line.startswith(f"| {row_name(row)} |"))
+        assert f"{row['perplexity']:.2f}" in line
+
+
+@pytest.mark.parametrize("larger", ["tokenizer", "full"])
+def test_a_token_beyond_the_embedding_is_one_sentence(larger: str, text_file: Path, tmp_path: Path) -> None:
+    import tiny
+
+    small = tiny.make_model("llama", tmp_path / "small", vocab_size=110, bos_token_id=1, eos_token_id=2)
+    source = small if larger == "tokenizer" else tiny.make_model("llama", tmp_path / "model")
+    checkpoint = tmp_path / "nested"
+    write_random(AutoModelForCausalLM.from_pretrained(source), source, checkpoint)
+    odd = tmp_path / "odd.txt"
+    odd.write_text("\u00ff" + text_file.read_text())
+    what = "text: odd.txt" if larger == "tokenizer" else "against"
+    with pytest.raises(ElastiqError, match=f"{what}: the token id [0-9]+ is not among the 110 rows of the model's emb"):
+        evaluate(checkpoint, [4], odd, against=small, window=WINDOW, num_windows=1, save=False)

@@ -6,18 +6,21 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from random_checkpoint import write_random
-from tiny import build_model
-from transformers import AutoTokenizer
+from tiny import build_model, make_model, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import elastiq
 from elastiq import ElastiqError
+from elastiq.checkpoint import CheckpointReader
 from elastiq.cli import app
-from elastiq.evaluate import evaluate_tasks, read_tasks
+from elastiq.core import LevelMap
+from elastiq.evaluate import evaluate_tasks, read_tasks, row_name
 
 PAIRS = [{"good": f"the {i} cats sit", "bad": f"the {i} cats sits"} for i in range(6)]
 CHOICES = [
@@ -117,7 +120,9 @@ def test_yaml_files_of_the_harness(
         ("", "are not objects of the same fields"),
         ("[1]\n", "are not objects of the same fields"),
         ('{"a": 1}\n{"b": 1}\n', "are not objects of the same fields"),
-        ("nonsense", "not one JSON object per line"),
+        ("nonsense", r"tasks: .*bad\.jsonl, line 1, is not valid JSON"),
+        ('{"text": "half \\ud83d"}', r"bad\.jsonl, line 1: the text has U\+D83D, half of a surrogate pair"),
+        ('{"a": "one\u2028two\u0085three"}\n', "has lines of a, known are"),
         ('{"a": 1}\n', "has lines of a, known are ctx, endings, label; goal"),
     ],
 )
@@ -139,3 +144,39 @@ def test_one_of_text_and_tasks(checkpoint: Path, pairs: Path) -> None:
     for options in ([], ["--text", "a", "--tasks", "b"]):
         result = CliRunner().invoke(app, ["evaluate", str(checkpoint), *options])
         assert result.exit_code == 2 and "give one of --text FILE and --tasks NAMES" in result.stderr
+
+
+def test_contexts_start_as_the_tokenizer_starts_a_text(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness is told, a result without the beginning is another result, and the card says which it is."""
+    source, output = make_model("llama", tmp_path / "model"), tmp_path / "nested"
+    make_tokenizer("<s> $A").save_pretrained(source)
+    write_random(build_model("llama"), source, output)
+    told: list[bool] = []
+
+    def run(*arguments: Any) -> dict[str, float]:
+        told.append(arguments[-1])
+        return {"acc": len(told) / 4}
+
+    monkeypatch.setattr("elastiq.evaluate.tasks._harness", lambda: None)
+    monkeypatch.setattr("elastiq.evaluate.tasks._run", run)
+    monkeypatch.setattr("elastiq.evaluate.tasks.version", lambda name: "1")
+    assert "bos" not in evaluate_tasks(output, [2], [str(pairs)])["protocol"]
+    assert evaluate_tasks(output, [2], [str(pairs)], bos=False)["protocol"]["bos"] is False
+    names = list(CheckpointReader(output).manifest.matrices)
+    maps = [LevelMap({**dict.fromkeys(names, 3), names[a]: 2, names[b]: 4}) for a, b in ((0, 3), (3, 0))]
+    result = evaluate_tasks(output, [*maps, 3], [str(pairs)])
+    assert told == [True, False, True, True, True]
+    assert [row["tasks"]["pairs"]["acc"] for row in result["levels"]] == [0.75, 1.0, 1.25]
+    card = (output / "README.md").read_text()
+    assert "| bits | pairs acc, 6 items | pairs acc, 6 items, no BOS |" in card
+    assert "| 2 | 0.250 | 0.500 |" in card and "| 3 | 1.000 |  |" in card
+    assert all(f"| {row_name(row)} |" in card for row in result["levels"])
+
+
+def test_a_token_beyond_the_embedding_is_named(checkpoint: Path, pairs: Path, tmp_path: Path) -> None:
+    source, output = make_model("llama", tmp_path / "model", vocab_size=70), tmp_path / "nested"
+    write_random(AutoModelForCausalLM.from_pretrained(source), source, output)
+    with pytest.raises(ElastiqError, match=r"pairs: the token id [0-9]+ is not among the 70 rows of the model's emb"):
+        evaluate_tasks(output, [2], [str(pairs)], save=False)

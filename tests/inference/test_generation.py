@@ -73,6 +73,7 @@ def test_frequencies_are_the_softmax_cut_at_top_p(temperature: float) -> None:
         (torch.zeros(1, 0, dtype=torch.long), {}, "one sequence"),
         (torch.zeros(2, 4, dtype=torch.long), {}, "one sequence"),
         (torch.zeros(1, 256, dtype=torch.long), {}, "has 256 tokens, the model's context 256; shorten the prompt"),
+        (torch.tensor([[3, 260]]), {}, "generate: the token id 260 is not among the 260 rows of the model's embedding"),
         (PROMPT, {"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
         (PROMPT, {"top_p": 0.0}, "top_p=0.0 above 0"),
     ],

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from random_checkpoint import write_random
+from tiny import make_model, make_tokenizer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -257,3 +258,46 @@ def test_latency_budgets(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.M
         allocate(checkpoint, Budget(latency=1e-9), table=table)
     with pytest.raises(ElastiqError, match="a latency needs measured times"):
         allocate(checkpoint, Budget(latency=1.0))
+
+
+def test_what_the_tokenizer_puts_before_a_text_is_context_and_not_counted(text: Path, tmp_path: Path) -> None:
+    """Damage and gradients of the tokens of the text alone, against whole logits of the loaded model."""
+    source, output = make_model("llama", tmp_path / "model"), tmp_path / "nested"
+    make_tokenizer("</s> <s> $A").save_pretrained(source)
+    write_random(AutoModelForCausalLM.from_pretrained(source), source, output, levels=LEVELS)
+    bench, name = Bench(output, text, **SMALL), "model.layers.1.mlp.down_proj"
+    assert bench.ids[:, :2].tolist() == [[257, 256]] * 2 and bench.text["beginning"] == [257, 256]
+    full, low = elastiq.load(output), elastiq.load(output, bits={name: 2})
+    with torch.no_grad():
+        p, q = (F.log_softmax(m(bench.ids).logits[:, 1:-1].double(), dim=-1) for m in (full, low))
+    targets, measured = bench.ids[:, 2:, None], bench.damage({name: 2})
+    assert measured.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    assert measured.nll == pytest.approx(float((p.gather(2, targets) - q.gather(2, targets)).mean()), rel=1e-3)
+    weight = bench.parameter(name)
+    with bench.widest(), torch.enable_grad():
+        weight.requires_grad_(True)
+        logits = bench.model(bench.ids).logits[:, 1:-1].reshape(-1, 260)
+        (expected,) = torch.autograd.grad(F.cross_entropy(logits, targets.flatten()), [weight])
+        weight.requires_grad_(False)
+    known = {name: Evidence(LEVELS)}
+    found = gather(bench, known, bench.blocks, frozenset({"gradient"}), lambda *a: None)[name].gradient
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_sensitivity_says_how_its_windows_began(text: Path, tmp_path: Path) -> None:
+    source, output = make_model("llama", tmp_path / "model"), tmp_path / "nested"
+    make_tokenizer("<s> $A").save_pretrained(source)
+    write_random(AutoModelForCausalLM.from_pretrained(source), source, output, levels=LEVELS)
+    with_bos = measure_sensitivity(output, "kl", text, **SMALL)
+    without = measure_sensitivity(output, "kl", text, bos=False, **SMALL)
+    assert with_bos.text["beginning"] == [256] and "beginning" not in without.text
+    assert with_bos.groups != without.groups
+
+
+def test_windows_the_model_cannot_read_are_refused(text: Path, tmp_path: Path) -> None:
+    source, output = make_model("gpt2", tmp_path / "model", vocab_size=70, n_positions=16), tmp_path / "nested"
+    write_random(AutoModelForCausalLM.from_pretrained(source), source, output, levels=LEVELS)
+    with pytest.raises(ElastiqError, match="window=24 exceeds the model's context of 16; use --window 16"):
+        Bench(output, text, **SMALL)
+    with pytest.raises(ElastiqError, match=r"sample\.txt: the token id [0-9]+ is not among the 70 rows of the model's"):
+        measure_sensitivity(output, "kl", text, window=16, num_windows=1)

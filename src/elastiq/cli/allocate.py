@@ -14,6 +14,7 @@ from ..measure import Bench, allocate_measured, latency_table, measure_sensitivi
 from ..report import save_frontier
 from .app import app
 from .options import (
+    Bos,
     Checkpoint,
     Device,
     FewWindows,
@@ -53,6 +54,7 @@ def allocate_command(
     text: Annotated[Path | None, typer.Option(help="Text file to measure maps on.", show_default=False)] = None,
     window: Window = 512,
     num_windows: FewWindows = 4,
+    bos: Bos = True,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="File for the map.", show_default=False, callback=writable),
@@ -84,7 +86,8 @@ def allocate_command(
             found = allocate(checkpoint, budget, **options)
             result = found.to_dict()
         else:
-            bench = Bench(checkpoint, text, window=window, num_windows=num_windows, device=usable_device(device))
+            where = usable_device(device)
+            bench = Bench(checkpoint, text, window=window, num_windows=num_windows, bos=bos, device=where)
             verdict = allocate_measured(bench, budget, **options)
             found, result = verdict.allocation, verdict.to_dict()
     if output is not None:
@@ -104,6 +107,7 @@ def sensitivity_command(
     text: Annotated[Path | None, typer.Option(help="Text file the model is run on.", show_default=False)] = None,
     window: Window = 512,
     num_windows: FewWindows = 4,
+    bos: Bos = True,
     untie: Untie = False,
     device: Device = "cpu",
     restart: Annotated[bool, typer.Option("--restart", help="Measure again what is stored already.")] = False,
@@ -117,6 +121,7 @@ def sensitivity_command(
             text,
             window=window,
             num_windows=num_windows,
+            bos=bos,
             untie=untie,
             device=usable_device(device),
             restart=restart,

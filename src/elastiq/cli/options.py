@@ -62,6 +62,9 @@ Rows = Annotated[
 ]
 Window = Annotated[int, typer.Option(help="Tokens per window.", min=2)]
 FewWindows = Annotated[int, typer.Option(help="Windows of the text.", min=1)]
+Bos = Annotated[
+    bool, typer.Option("--bos/--no-bos", help="Start every window of text as the model's tokenizer starts a text.")
+]
 Text = Annotated[Path, typer.Option("--text", help="Text file to measure on.", show_default=False)]
 
 

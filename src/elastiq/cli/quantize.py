@@ -14,7 +14,7 @@ from ..measure.inspection import inspect_checkpoint, inspect_model
 from ..pipeline.planning import plan
 from ..pipeline.run import quantize
 from .app import app
-from .options import DTYPES, Device, Format, Json, Model, Precision, Revision, usable_device, widths, write
+from .options import DTYPES, Bos, Device, Format, Json, Model, Precision, Revision, usable_device, widths, write
 from .progress import Bars
 from .rehearsal import rehearse
 from .tables import (
@@ -91,6 +91,7 @@ def quantize_command(
             show_default=False,
         ),
     ] = None,
+    bos: Bos = True,
     device: Device = "cpu",
     dtype: Annotated[
         Precision | None, typer.Option(help="Arithmetic of the forward passes.", show_default=False)
@@ -142,8 +143,9 @@ def quantize_command(
         targets = [TARGETS[format.value]() for format in to or ()]
         with Bars() as progress:
             rehearsed = rehearse(
-                model, output, chosen, targets, revision=revision, device=usable_device(device), progress=progress
-            )
+                model, output, chosen, targets, bos=bos, revision=revision, device=usable_device(device),
+                progress=progress,
+            )  # fmt: skip
         write(json, rehearsed.to_dict())
         show_rehearsal(rehearsed)
         if not rehearsed.passed:
@@ -158,6 +160,7 @@ def quantize_command(
             num_samples=num_samples,
             seq_len=seq_len,
             tuning=tuning_text or None,
+            bos=bos,
             revision=revision,
             device=usable_device(device),
             dtype=None if dtype is None else DTYPES[dtype.value],
@@ -180,6 +183,7 @@ def inspect_command(
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Windows of text.", min=1)] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = 128,
+    bos: Bos = True,
     device: Device = "cpu",
     revision: Revision = None,
     json: Json = None,
@@ -197,6 +201,7 @@ def inspect_command(
             calibration=calibration or None,
             num_samples=num_samples,
             seq_len=seq_len,
+            bos=bos,
             device=usable_device(device),
             revision=revision,
             progress=progress,

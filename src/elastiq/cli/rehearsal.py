@@ -53,6 +53,7 @@ def rehearse(
     recipe: Recipe,
     targets: Sequence[Target] = (),
     *,
+    bos: bool = True,
     revision: str | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -62,7 +63,7 @@ def rehearse(
     The levels, format and embeddings are those of `recipe`; its solver and tuner are left out and two short windows of
     calibration are taken. The checkpoint is loaded at every level and exported at every level to every target. All of
     it lies beside `output`, in a directory that is removed whatever happens; `output` itself is not touched.
-    A target passes if it can hold one of the levels.
+    A target passes if it can hold one of the levels. bos: as for `quantize`.
     """
     rows: list[Rehearsed] = []
 
@@ -83,7 +84,7 @@ def rehearse(
         room = work.path
         nested = room / "nested"
         plain = replace(recipe, solver=RoundToNearest(), block_tuner=None, tuner=None)
-        passed = attempt("quantize", lambda: _quantize(model, nested, plain, revision, device))
+        passed = attempt("quantize", lambda: _quantize(model, nested, plain, bos, revision, device))
         if passed:
             passed = attempt("load", lambda: _load(nested, recipe.levels, device))
             for target in targets:
@@ -95,9 +96,11 @@ def rehearse(
     return Rehearsal(str(model), tuple(rows), passed)
 
 
-def _quantize(model: str | Path, nested: Path, recipe: Recipe, revision: str | None, device: str) -> str:
+def _quantize(
+    model: str | Path, nested: Path, recipe: Recipe, bos: bool, revision: str | None, device: str
+) -> str:
     summary = quantize(
-        model, nested, recipe, num_samples=_SAMPLES, seq_len=_SEQ_LEN, revision=revision, device=device
+        model, nested, recipe, num_samples=_SAMPLES, seq_len=_SEQ_LEN, bos=bos, revision=revision, device=device
     )
     return f"{summary.matrices} matrices"
 

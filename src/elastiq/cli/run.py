@@ -15,10 +15,12 @@ from ..core import MAX_BITS, ElastiqError, LevelMap, library_errors
 from ..evaluate import evaluate, evaluate_tasks
 from ..inference.generation import generate
 from ..inference.loading import load
+from ..text import beginning, require_characters, tokenize
 from ..text.evaluation import checkpoint_tokenizer
 from .app import app
 from .options import (
     DTYPES,
+    Bos,
     Checkpoint,
     Device,
     Json,
@@ -55,6 +57,7 @@ def evaluate_command(
     num_windows: Annotated[
         int | None, typer.Option(help="At most so many windows. (default: all)", min=1, show_default=False)
     ] = None,
+    bos: Bos = True,
     limit: Annotated[
         int | None, typer.Option(help="Items of each task. (default: all)", min=1, show_default=False)
     ] = None,
@@ -70,7 +73,7 @@ def evaluate_command(
     wanted: list[float | LevelMap] = [] if bits is None else [*mean_widths("--bits", bits)]
     wanted += [] if level_map is None else [read_map(level_map)]
     wanted += [] if memory is None else [allocate(checkpoint, Budget(size=parse_bytes(memory))).level_map]
-    common: dict[str, Any] = {"against": against, "revision": revision}
+    common: dict[str, Any] = {"against": against, "revision": revision, "bos": bos}
     common |= {"device": usable_device(device), "dtype": DTYPES[dtype.value]}
     with Bars() as progress:
         if text is not None:
@@ -140,8 +143,10 @@ def generate_command(
 
 def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool) -> torch.Tensor:
     """[1, tokens] of the prompt, in the model's chat template where it has one."""
+    require_characters(prompt, "the prompt")
     if raw or not tokenizer.chat_template:
-        ids: Any = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        start = beginning(tokenizer)
+        ids: Any = torch.tensor([[*start, *tokenize(prompt, tokenizer, "the prompt", start)]], dtype=torch.long)
     else:
         messages = [{"role": "user", "content": prompt}]
         with library_errors("the model's chat template cannot render the prompt", "use --raw"):

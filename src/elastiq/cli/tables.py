@@ -13,10 +13,11 @@ from rich.text import Text
 
 from ..allocate import Allocation, Frontier, Measurement
 from ..core import width_counts
-from ..evaluate import kind, mean_error, megabytes, short_kinds
+from ..evaluate import kind, mean_error, megabytes, row_name, short_kinds
 from ..foreign.exporting import ExportSummary
 from ..pipeline.planning import Plan
 from ..pipeline.run import Summary
+from ..text import begins
 from .rehearsal import Rehearsal
 
 out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
@@ -206,7 +207,10 @@ def _show_activations(result: dict[str, Any]) -> None:
         cells = [inputs[name].get(block) for name in inputs]
         rows.append([str(block), *("-" if c is None else f"{c[0]:.3g} ({c[1]})" for c in cells)])
     seen = result["activations"]
-    title = f"largest input (outlier channels), {seen['windows']} windows of {seen['window']} tokens"
+    title = (
+        f"largest input (outlier channels), {seen['windows']} windows of {seen['window']} tokens, "
+        f"{begins(seen['beginning'])}"
+    )
     _table(["block", *inputs], rows, title)
 
 
@@ -261,7 +265,8 @@ def show_allocation(found: Allocation) -> None:
         rows.append([name, *(f"{count:.1f}".removesuffix(".0") if count else "" for count in counts), f"{mean:.2f}"])
     _table(["matrix", *(f"{level} bits" for level in levels), "mean"], rows, "matrices at each width")
     out.print(
-        f"\nmean width {found.sizes['mean_bits']:.4f} bits, {found.sizes['bits_per_weight']:.4f} bits per weight, "
+        f"\nmap {found.level_map.digest}: mean width {found.sizes['mean_bits']:.4f} bits, "
+        f"{found.sizes['bits_per_weight']:.4f} bits per weight, "
         f"{megabytes(found.sizes['bytes_in_memory'])} in memory"
     )
     if "seconds_per_token" in found.sizes:
@@ -317,7 +322,7 @@ def _predicted(loss: float, kl: float | None) -> str:
 
 def show_tasks(result: dict[str, Any]) -> None:
     """One column per task and metric, standard errors beside the values."""
-    rows = [(str(row["bits"]), f"{row['bits_per_weight']:.2f}", row["tasks"]) for row in result["levels"]]
+    rows = [(row_name(row), f"{row['bits_per_weight']:.2f}", row["tasks"]) for row in result["levels"]]
     rows += [("16", "16.00", result["full"]["tasks"])] if result["full"] else []
     metrics = {(task, m): None for *_, tasks in rows for task in tasks for m in tasks[task] if "_stderr" not in m}
 
@@ -330,6 +335,7 @@ def show_tasks(result: dict[str, Any]) -> None:
     _table(["bits", "bits per weight", *(f"{task} {metric}" for task, metric in metrics)], cells)
     protocol, limit = result["protocol"], result["protocol"]["limit"]
     items = "all items" if limit is None else f"at most {limit} items of each"
+    items += "" if protocol.get("bos", True) else ", no special tokens"
     out.print(f"lm-evaluation-harness {protocol['harness']}, {items}; {protocol['dtype']} arithmetic")
 
 
@@ -339,7 +345,7 @@ def show_evaluation(result: dict[str, Any]) -> None:
     columns += ["KL mean", "KL 99%", "KL max", "top-1 agreement"] if with_full else []
     rows = []
     for row in result["levels"]:
-        cells = [str(row["bits"]), f"{row['bits_per_weight']:.2f}", megabytes(row["bytes_in_memory"])]
+        cells = [row_name(row), f"{row['bits_per_weight']:.2f}", megabytes(row["bytes_in_memory"])]
         cells += [megabytes(row["bytes_on_disk"]), _perplexity(row["perplexity"])]
         if with_full:
             cells += [_number(row[key], ".3g") for key in ("kl_mean", "kl_p99", "kl_max")]

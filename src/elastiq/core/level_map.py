@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from types import MappingProxyType
 from typing import Any
 
@@ -48,6 +50,17 @@ class LevelMap:
                 raise ElastiqError(f"level map: {name!r} has the width {shown}, which is none from 1 to {MAX_BITS}")
         object.__setattr__(self, "widths", MappingProxyType(widths))
         object.__setattr__(self, "facts", MappingProxyType(dict(self.facts)))
+
+    @property
+    def uniform(self) -> int | None:
+        """The width that everything is read at, None where there are several."""
+        found = {bits for width in self.widths.values() for bits in width_counts(width, 1)}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits that stand for the widths."""
+        return sha256(json.dumps(dict(self.widths), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _is_width(width: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..checkpoint.files import replace_durably, write_durably
 from ..checkpoint.names import CARD, RECIPE
 from ..checkpoint.sizes import full_bytes, level_sizes, megabytes
 from ..core import ElastiqError
-from .record import read_evaluations, read_tasks
+from .record import read_evaluations, read_tasks, row_key, row_name, row_order
 
 log = logging.getLogger("elastiq")
 
@@ -73,6 +74,7 @@ def made_by(reader: CheckpointReader) -> str:
         words += [word for text in names for word in (option, str(text))] if isinstance(names, list) else []
     for option, key in (("--num-samples", "windows"), ("--seq-len", "seq_len")):
         words += [option, str(info[key])] if key in info else []
+    words += ["--no-bos"] if info.get("bos") is False else []
     return " ".join(words)
 
 
@@ -120,31 +122,31 @@ def _body(reader: CheckpointReader) -> str:
 def _widths(reader: CheckpointReader) -> list[str]:
     """One table of all widths, what was measured beside what was counted, and how it was measured."""
     measured = read_evaluations(reader.path)
-    found: dict[Any, list[str]] = {bits: [] for bits in reader.levels}
-    extra = {row["bits"] for e in measured for row in e["levels"] if row["bits"] <= reader.available[-1]} - set(found)
-    sizes: dict[Any, dict[str, Any]] = {**level_sizes(reader, reader.levels)}
-    for evaluation in measured:
-        sizes |= {row["bits"]: row for row in evaluation["levels"] if row["bits"] in extra}
+    most = reader.available[-1]
+    sizes: dict[Any, dict[str, Any]] = {
+        row_key(row): row for e in measured for row in e["levels"] if row["bits"] <= most
+    }
+    sizes |= {bits: {"bits": bits, **row} for bits, row in level_sizes(reader, reader.levels).items()}
     columns = ["bits", "bits per weight", "on disk", "in memory"]
     rows = {
-        bits: [
-            f"{bits:g}",
-            f"{sizes[bits]['bits_per_weight']:.2f}",
-            megabytes(sizes[bits]["bytes_on_disk"]),
-            megabytes(sizes[bits]["bytes_in_memory"]),
+        row_key(size): [
+            row_name(size),
+            f"{size['bits_per_weight']:.2f}",
+            megabytes(size["bytes_on_disk"]),
+            megabytes(size["bytes_in_memory"]),
         ]
-        for bits in sorted([*found, *extra])
+        for size in sorted(sizes.values(), key=row_order)
     }
     rows["16"] = ["16", "16.00", "", megabytes(full_bytes(reader))]
     notes = []
     for number, evaluation in enumerate(measured, start=1):
         mark = f" ({number})" if len(measured) > 1 else ""
         columns += [f"perplexity{mark}", f"KL divergence{mark}"]
-        by_bits = {row["bits"]: row for row in evaluation["levels"]} | {
+        by_key: dict[Any, dict[str, Any]] = {row_key(row): row for row in evaluation["levels"]} | {
             "16": {"perplexity": evaluation["full"]["perplexity"], "kl_mean": 0.0 if evaluation["against"] else None}
         }
-        for bits, cells in rows.items():
-            row = by_bits.get(bits, {})
+        for key, cells in rows.items():
+            row = by_key.get(key, {})
             cells += [_number(row.get("perplexity"), ".2f"), _number(row.get("kl_mean"), ".3g")]
         notes.append(f"{mark.strip()} {_plain(evaluation['protocol']['words'])}.".strip())
     return [*_table(columns, list(rows.values())), "", *notes, *_tasks(reader)]
@@ -154,21 +156,23 @@ def _tasks(reader: CheckpointReader) -> list[str]:
     """What lm-evaluation-harness said, where it was asked."""
     most = reader.available[-1]
     kept = [row for row in read_tasks(reader.path).values() if row["bits"] is None or row["bits"] <= most]
-    metrics = list(dict.fromkeys((row["task"], row["items"], m) for row in kept for m in row["metrics"]))
-    metrics = [metric for metric in metrics if not metric[2].endswith("_stderr")]
-    if not metrics:
-        return []
-    found: dict[Any, dict[Any, float]] = {}
-    for row in kept:
+    found: dict[Any, dict[str, float]] = {}
+    for row in sorted(kept, key=_task_order):
+        values = found.setdefault("16" if row["bits"] is None else row_name(row), {})
+        notes = ([f"{row['items']} items"] if row["items"] else []) + ([] if row.get("bos", True) else ["no BOS"])
         for metric, value in row["metrics"].items():
-            found.setdefault(row["bits"], {})[row["task"], row["items"], metric] = value
-    order = sorted(bits for bits in found if bits is not None) + ([None] if None in found else [])
-    columns = ["bits", *(f"{_plain(task)} {m}" + (f", {items} items" if items else "") for task, items, m in metrics)]
-    rows = [
-        ["16" if bits is None else f"{bits:g}", *(_number(found[bits].get(metric), ".3f") for metric in metrics)]
-        for bits in order
-    ]
-    return ["", "By lm-evaluation-harness:", "", *_table(columns, rows)]
+            if not metric.endswith("_stderr"):
+                values[", ".join([f"{_plain(row['task'])} {metric}", *notes])] = value
+    if not any(found.values()):
+        return []
+    metrics = list(dict.fromkeys(metric for values in found.values() for metric in values))
+    rows = [[name, *(_number(values.get(m), ".3f") for m in metrics)] for name, values in found.items()]
+    return ["", "By lm-evaluation-harness:", "", *_table(["bits", *metrics], rows)]
+
+
+def _task_order(row: dict[str, Any]) -> tuple[float, str]:
+    """The 16-bit model comes last."""
+    return (math.inf, "") if row["bits"] is None else row_order(row)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from ..checkpoint.sizes import full_bytes, map_mean_bits, map_sizes
 from ..core import ElastiqError, LevelMap, Width, library_errors, plain_count, widest
 from ..inference.loading import load, map_widths, plain_widths, set_bits
 from ..models import ModelSource, build_skeleton, give_back_memory, load_module
-from ..text.evaluation import checkpoint_tokenizer, read_text, windows
+from ..text import Windows, begins, check_ids, read_text
+from ..text.evaluation import checkpoint_tokenizer, windows
 from .card import write_card
-from .record import keep
+from .record import keep, row_key, row_name, row_order
 from .scores import Scores
 
 log = logging.getLogger("elastiq")
@@ -40,6 +42,7 @@ def evaluate(
     revision: str | None = None,
     window: int = 512,
     num_windows: int | None = None,
+    bos: bool = True,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     save: bool = True,
@@ -48,34 +51,38 @@ def evaluate(
     """Perplexity, KL divergence to the model `against` and top-1 agreement of a checkpoint at each width in `bits`.
 
     bits: widths, mean widths such as 3.37 (for which a map is allocated) and level maps; None for the levels that have
-    scales of their own. text: path of a text file, read as one text without special tokens and cut into windows that do
-    not overlap, `window` - 1 predictions each. against: the 16-bit model (directory, or hub name with `revision`);
-    without it the KL fields are None. dtype: of the arithmetic, for both. save: merge the result into
-    `evaluation.json` beside the checkpoint. progress(what, done, total).
+    scales of their own. text: path of a text file, read as one text and cut into windows that do not overlap. Each
+    starts as the tokenizer starts a text, unless `bos` is false: these tokens count in `window`, are never predicted
+    and are context for all others; without any, the first token of a window is not predicted either. against: the
+    16-bit model (directory, or hub name with `revision`); without it the KL fields are None. dtype: of the arithmetic,
+    for both. save: merge the result into `evaluation.json` beside the checkpoint. progress(what, done, total).
 
-    Returns {"full": {"perplexity"}, "levels": [{"bits", "bits_per_weight", "perplexity", "kl_mean", ...}], "protocol"}.
-    Raises ElastiqError for a width the checkpoint cannot give, a text shorter than a window, models that do not match.
+    Returns {"full": {"perplexity"}, "levels": [{"bits", "bits_per_weight", "perplexity", "kl_mean", ...}], "protocol"};
+    a level that is a map has its mean width as "bits", and "map", which stands for its widths. Raises ElastiqError for
+    a width the checkpoint cannot give, a text shorter than a window, models that do not match.
     """
     reader = CheckpointReader(path)
     window, num_windows = plain_count(window, "window"), plain_count(num_windows, "num_windows")
-    targets = width_maps(reader, bits)
-    content = read_text(text)
-    ids = windows(content, checkpoint_tokenizer(path), window, num_windows, Path(text).name)
-    most = max(widest(width) for widths in targets.values() for width in widths.values())
-    model = load(path, most, device=device, dtype=dtype)
-    _check_context(model, window)
+    targets = readings(reader, bits)
+    content = read_text(text, "text")
+    cut = windows(content, checkpoint_tokenizer(path), window, num_windows, Path(text).name, bos=bos)
+    model = load(path, max(target.widest for target in targets), device=device, dtype=dtype)
+    check_windows(model, cut, Path(text).name)
     full = None if against is None else load_full(against, revision, device, dtype)
-    scores, full_scores = _measure(model, full, targets, ids.to(device), progress)
+    if full is not None:
+        check_ids(full, cut.ids, "against")
+    scores, full_scores = _measure(model, full, targets, cut, device, progress)
     result = {
         "checkpoint": Path(path).resolve().name,
         "against": None if against is None else Path(against).name,
-        "protocol": _protocol(content, Path(text).name, ids, dtype),
+        "protocol": _protocol(content, Path(text).name, cut, dtype),
         "full": {
             "perplexity": full_scores.perplexity if full is not None else None,
             "bytes_in_memory": full_bytes(reader),
         },
         "levels": [
-            {"bits": b, **map_sizes(reader, widths, dtype), **scores[b].to_dict()} for b, widths in targets.items()
+            {**target.label, **map_sizes(reader, target.widths, dtype), **score.to_dict()}
+            for target, score in zip(targets, scores, strict=True)
         ],
     }
     if save:
@@ -105,74 +112,99 @@ def load_full(model: str | Path, revision: str | None, device: str, dtype: torch
 def _measure(
     model: PreTrainedModel,
     full: PreTrainedModel | None,
-    maps: Mapping[float, Mapping[str, Width]],
-    ids: Tensor,
+    targets: Sequence[Reading],
+    cut: Windows,
+    device: str,
     progress: Callable[[str, int, int], None] | None,
-) -> tuple[dict[float, Scores], Scores]:
-    """Scores per width and of the full model, whose logits live for one batch: windows outside, widths inside."""
-    scores = {b: Scores(f"{b} bits") for b in maps}
+) -> tuple[list[Scores], Scores]:
+    """Scores per reading and of the full model, whose logits live for one batch: windows outside, widths inside."""
+    scores = [Scores(f"{row_name(target.label)} bits") for target in targets]
+    ids = cut.ids.to(device)
     full_scores = Scores("the full model")
     batch = min(_MOST_WINDOWS, max(1, _LOGITS_BYTES // (4 * ids.shape[1] * model.config.vocab_size)))
     for first in range(0, len(ids), batch):
         part = ids[first : first + batch]
-        targets = part[:, 1:].flatten()
-        reference = None if full is None else _logits(full, part)
+        came = part[:, cut.first :].flatten()
+        reference = None if full is None else _logits(full, part, cut.first)
         if reference is not None:
-            full_scores.add(reference, targets)
-        for index, (b, widths) in enumerate(maps.items()):
+            full_scores.add(reference, came)
+        for index, target in enumerate(targets):
             if progress:
-                progress("evaluating", first * len(maps) + index * len(part), len(ids) * len(maps))
-            set_bits(model, widths)
-            logits = _logits(model, part)
+                progress("evaluating", first * len(targets) + index * len(part), len(ids) * len(targets))
+            set_bits(model, target.widths)
+            logits = _logits(model, part, cut.first)
             if reference is not None and logits.shape != reference.shape:
                 raise ElastiqError(
                     f"against: vocabularies differ ({reference.shape[-1]} and {logits.shape[-1]}); "
                     "give the model the checkpoint was made from"
                 )
-            scores[b].add(logits, targets, reference)
+            scores[index].add(logits, came, reference)
             del logits
             give_back_memory()
     if progress:
-        progress("evaluating", len(ids) * len(maps), len(ids) * len(maps))
+        progress("evaluating", len(ids) * len(targets), len(ids) * len(targets))
     return scores, full_scores
 
 
-def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """[windows * (window - 1), vocabulary]: what is predicted for every token but the first of each window."""
-    return model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+def _logits(model: PreTrainedModel, ids: Tensor, first: int) -> Tensor:
+    """[windows * (window - first), vocabulary]: what is predicted for the tokens of each window from `first` on."""
+    return model(input_ids=ids, use_cache=False).logits[:, first - 1 : -1].flatten(0, 1)
 
 
-def width_maps(reader: CheckpointReader, bits: Sequence[float | LevelMap] | None) -> dict[float, dict[str, Width]]:
-    """Widths of the matrices by what stands for them in the result: a width, or a mean width."""
-    targets: dict[float, dict[str, Width]] = {}
+@dataclass(frozen=True)
+class Reading:
+    """One way to read a checkpoint. label: what stands for it in a result, "bits", its width or mean width, and for
+    several widths "map", the digest of `widths`."""
+
+    label: Mapping[str, Any]
+    widths: Mapping[str, Width]
+
+    @property
+    def widest(self) -> int:
+        """The width that needs the most planes."""
+        return max(map(widest, self.widths.values()))
+
+
+def readings(reader: CheckpointReader, bits: Sequence[float | LevelMap] | None) -> list[Reading]:
+    """What `bits` asks for, ascending, each once: two maps of one mean width are two, a map of one width is that
+    width."""
+    found: dict[str | float, Reading] = {}
     for wanted in map(plain_widths, reader.levels if bits is None else bits):
         if isinstance(wanted, int):
             reader.require(wanted)
-            targets[wanted] = dict[str, Width](dict.fromkeys(reader.manifest.matrices, wanted))
+            widths = dict[str, Width](dict.fromkeys(reader.manifest.matrices, wanted))
         else:
             widths = complete(reader, map_widths(reader, wanted))
-            targets[round(map_mean_bits(reader, widths), 4) if isinstance(wanted, LevelMap) else wanted] = widths
-    return dict(sorted(targets.items()))
+        level_map = LevelMap(widths)
+        label: dict[str, Any] = {"bits": level_map.uniform}
+        if level_map.uniform is None:
+            mean = wanted if isinstance(wanted, float) else round(map_mean_bits(reader, widths), 4)
+            label = {"bits": mean, "map": level_map.digest}
+        found.setdefault(row_key(label), Reading(label, widths))
+    return sorted(found.values(), key=lambda reading: row_order(reading.label))
 
 
-def _check_context(model: PreTrainedModel, window: int) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
+def check_windows(model: PreTrainedModel, cut: Windows, name: str) -> None:
+    """Raises ElastiqError for windows of the text `name` that the model cannot read."""
+    context, window = getattr(model.config, "max_position_embeddings", None), cut.ids.shape[1]
     if context and window > context:
         raise ElastiqError(f"window={window} exceeds the model's context of {context}; use --window {context}")
+    check_ids(model, cut.ids, f"text: {name}")
 
 
-def _protocol(content: str, name: str, ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    count, window = ids.shape
+def _protocol(content: str, name: str, cut: Windows, dtype: torch.dtype) -> dict[str, Any]:
+    count, window = cut.ids.shape
     precision = str(dtype).removeprefix("torch.")
     return {
-        "words": f"{name} as one text, no special tokens, {count} non-overlapping windows of {window} tokens, "
-        f"{window - 1} predictions each; {precision} arithmetic",
+        "words": f"{name} as one text, {begins(cut.beginning)}, {count} non-overlapping windows of {window} tokens, "
+        f"{window - cut.first} predictions each; {precision} arithmetic",
         "text": name,
         "text_sha256": hashlib.sha256(content.encode()).hexdigest(),
         "window": window,
         "num_windows": count,
-        "predicted_tokens": count * (window - 1),
+        "predicted_tokens": count * (window - cut.first),
         "dtype": precision,
+        **({"beginning": list(cut.beginning)} if cut.beginning else {}),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,26 @@ def read_tasks(checkpoint: str | Path) -> dict[str, Any]:
         return {}
 
 
+def row_key(row: Mapping[str, Any]) -> str | float:
+    """What tells a row of a result from the others: its map, or its width where it is one."""
+    return row["map"] if "map" in row else row["bits"]
+
+
+def row_order(row: Mapping[str, Any]) -> tuple[float, str]:
+    """Rows ascend by mean width, one width before the maps of that mean."""
+    return row["bits"], row.get("map", "")
+
+
+def row_name(row: Mapping[str, Any]) -> str:
+    """The same for people: `4`, or `3.37 (map 1a2b3c4d)`."""
+    bits = f"{row['bits']:g}"
+    return f"{bits} (map {row['map']})" if "map" in row else bits
+
+
 def keep(checkpoint: str | Path, result: dict[str, Any]) -> None:
     """Merge `result` into the checkpoint's evaluation.json.
 
-    Evaluations with one protocol (text, windows, arithmetic) are one entry: new widths join it, a repeated width
+    Evaluations with one protocol (text, windows, arithmetic) are one entry: new widths and maps join it, a repeated one
     replaces the old row, except that a run without the full model leaves what was measured against it.
     """
     kept = read_evaluations(checkpoint)
@@ -65,14 +82,14 @@ def keep(checkpoint: str | Path, result: dict[str, Any]) -> None:
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    rows = {row["bits"]: row for row in old["levels"]}
+    rows = {row_key(row): row for row in old["levels"]}
     for row in new["levels"]:
-        rows[row["bits"]] = {**rows.get(row["bits"], {}), **{k: v for k, v in row.items() if v is not None}}
+        rows[row_key(row)] = {**rows.get(row_key(row), {}), **{k: v for k, v in row.items() if v is not None}}
     return {
         **new,
         "against": new["against"] or old.get("against"),
         "full": new["full"] if new["against"] else old["full"],
-        "levels": [_complete(rows[bits]) for bits in sorted(rows)],
+        "levels": [_complete(row) for row in sorted(rows.values(), key=row_order)],
     }
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from ..checkpoint import CheckpointReader
 from ..checkpoint.files import MAX_JSON, sha256
 from ..checkpoint.names import TASKS
 from ..checkpoint.sizes import map_sizes
-from ..core import ElastiqError, LevelMap, library_errors, widest
+from ..core import ElastiqError, LevelMap, library_errors
 from ..inference.loading import load, set_bits
+from ..text import beginning, check_ids, read_records
 from ..text.evaluation import checkpoint_tokenizer
 from .card import write_card
-from .evaluation import load_full, width_maps
+from .evaluation import Reading, load_full, readings
 from .record import keep_json, read_tasks
 
 log = logging.getLogger("elastiq")
@@ -55,6 +57,7 @@ def evaluate_tasks(
     against: str | Path | None = None,
     revision: str | None = None,
     batch_size: int = 8,
+    bos: bool = True,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     restart: bool = False,
@@ -65,8 +68,9 @@ def evaluate_tasks(
 
     tasks: JSONL files of one of the `SHAPES`, YAML files of the harness (programs of their own: use those you trust),
     or names that it knows, whose data it fetches. limit: items of each task, evenly spaced in a JSONL file, the first
-    ones otherwise. bits, against, dtype: as for `evaluate`. save: keep every result in tasks.json beside the
-    checkpoint as it comes; what is there already is not measured again unless `restart`.
+    ones otherwise. bits, against, dtype: as for `evaluate`. bos: whether contexts start as the tokenizer starts a text.
+    save: keep every result in tasks.json beside the checkpoint as it comes; what is there already is not measured again
+    unless `restart`.
 
     Returns {"levels": [{"bits", "bits_per_weight", ..., "tasks": {name: {metric: value, "metric_stderr": ...}}}],
     "full": {"tasks"} or None, "against", "protocol"}. Raises ElastiqError without the harness and for a task that it
@@ -74,42 +78,46 @@ def evaluate_tasks(
     """
     harness = _harness()
     reader = CheckpointReader(path)
-    targets = width_maps(reader, bits)
+    targets = readings(reader, bits)
     specs = [_spec(task, limit) for task in tasks]
     precision = str(dtype).removeprefix("torch.")
     kept: dict[str, Any] = {} if restart else read_tasks(path)
-    jobs: list[tuple[float | None, dict[str, Any], str]] = [
-        (b, spec, _key(spec, precision, widths)) for b, widths in targets.items() for spec in specs
+    tokenizer, model = checkpoint_tokenizer(path), None
+    start = beginning(tokenizer) if bos else ()
+    without: dict[str, Any] = {} if bos else {"bos": False}
+    jobs: list[tuple[Reading | None, dict[str, Any], str]] = [
+        (target, spec, _key(spec, precision, dict(target.widths), *without)) for target in targets for spec in specs
     ]
     if against is not None:
-        jobs += [(None, spec, _key(spec, precision, [str(against), revision])) for spec in specs]
-    tokenizer, model = checkpoint_tokenizer(path), None
+        jobs += [(None, spec, _key(spec, precision, [str(against), revision], *without)) for spec in specs]
     wanted = [job for job in jobs if job[2] not in kept]
-    for index, (b, spec, key) in enumerate(wanted):
+    for index, (target, spec, key) in enumerate(wanted):
         if progress:
             progress("answering tasks", index, len(wanted))
-        if b is None and (index == 0 or wanted[index - 1][0] is not None):
+        if target is None and (index == 0 or wanted[index - 1][0] is not None):
             assert against is not None
             model = load_full(against, revision, device, dtype)
-        elif b is not None:
-            most = max(widest(width) for widths in targets.values() for width in widths.values())
-            model = model or load(path, most, device=device, dtype=dtype)
-            set_bits(model, targets[b])
-        metrics = _run(harness, spec, model, tokenizer, limit, batch_size)
-        kept[key] = {"task": spec["name"], "items": spec["items"], "bits": b, "metrics": metrics}
+        elif target is not None:
+            model = model or load(path, max(t.widest for t in targets), device=device, dtype=dtype)
+            set_bits(model, target.widths)
+        metrics = _run(harness, spec, model, tokenizer, limit, batch_size, bool(start))
+        label = {"bits": None} if target is None else dict(target.label)
+        kept[key] = {"task": spec["name"], "items": spec["items"], **label, **without, "metrics": metrics}
         if save:
             _keep(path, kept)
     if progress:
         progress("answering tasks", len(wanted), len(wanted))
 
-    def rows(of: float | None) -> dict[str, Any]:
-        return {spec["name"]: kept[key]["metrics"] for b, spec, key in jobs if b == of}
+    def rows(of: Reading | None) -> dict[str, Any]:
+        return {spec["name"]: kept[key]["metrics"] for target, spec, key in jobs if target is of}
 
     return {
         "checkpoint": Path(path).resolve().name,
         "against": None if against is None else Path(against).name,
-        "protocol": {"harness": version("lm_eval"), "limit": limit, "dtype": precision},
-        "levels": [{"bits": b, **map_sizes(reader, widths), "tasks": rows(b)} for b, widths in targets.items()],
+        "protocol": {"harness": version("lm_eval"), "limit": limit, "dtype": precision, **without},
+        "levels": [
+            {**target.label, **map_sizes(reader, target.widths, dtype), "tasks": rows(target)} for target in targets
+        ],
         "full": None if against is None else {"tasks": rows(None)},
     }
 
@@ -163,23 +171,31 @@ def _docs(path: Path) -> list[dict[str, Any]]:
     try:
         if path.stat().st_size > MAX_JSON:
             raise ElastiqError(f"tasks: {path} is larger than {MAX_JSON >> 20} MiB; cut it")
-        docs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
         raise ElastiqError(f"tasks: {path} cannot be read ({error.strerror}); give a JSONL file") from None
-    except (ValueError, RecursionError):
-        raise ElastiqError(f"tasks: {path} is not one JSON object per line") from None
+    docs = [record for _, record in read_records(path, "tasks")]
     if not docs or not all(isinstance(doc, dict) and doc.keys() == docs[0].keys() for doc in docs):
         raise ElastiqError(f"tasks: the lines of {path} are not objects of the same fields")
     return docs
 
 
 def _run(
-    harness: Any, spec: dict[str, Any], model: Any, tokenizer: Any, limit: int | None, batch_size: int
+    harness: Any, spec: dict[str, Any], model: Any, tokenizer: Any, limit: int | None, batch_size: int, bos: bool
 ) -> dict[str, float]:
-    """Metrics of one task for a model as it stands."""
-    with library_errors(
-        f"tasks: {spec['name']} cannot be run by lm-evaluation-harness", "mend the task, or leave it out"
-    ):  # tasks are programs of their own
+    """Metrics of one task for a model as it stands. bos: whether the tokenizer's special tokens stand around a text."""
+
+    def check(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        check_ids(model, args[0], spec["name"])
+
+    hook = model.get_input_embeddings().register_forward_pre_hook(check)
+    with ExitStack() as undo:
+        # Tasks are programs of their own.
+        undo.enter_context(
+            library_errors(
+                f"tasks: {spec['name']} cannot be run by lm-evaluation-harness", "mend the task, or leave it out"
+            )
+        )
+        undo.callback(hook.remove)
         if "docs" in spec:
             import datasets
 
@@ -191,7 +207,9 @@ def _run(
             task = str(spec.get("file", spec["name"]))
             known = harness.tasks.TaskManager(include_defaults="file" not in spec)
         answered = harness.simple_evaluate(
-            model=harness.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            model=harness.models.huggingface.HFLM(
+                pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=bos
+            ),
             tasks=[task],
             task_manager=known,
             limit=None if "docs" in spec else limit,
@@ -207,9 +225,9 @@ def _run(
     }
 
 
-def _key(spec: dict[str, Any], precision: str, model: object) -> str:
+def _key(spec: dict[str, Any], precision: str, *model: object) -> str:
     """Everything that a result depends on, as far as it can be known."""
-    return _digest(json.dumps([spec["name"], spec["version"], spec["items"], precision, model], sort_keys=True))
+    return _digest(json.dumps([spec["name"], spec["version"], spec["items"], precision, *model], sort_keys=True))
 
 
 def _digest(text: str) -> str:

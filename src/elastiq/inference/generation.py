@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..core import ElastiqError
+from ..text import check_ids
 
 
 @torch.inference_mode()
@@ -29,7 +30,8 @@ def generate(
     probable token. top_p: sample among the most probable tokens that hold this much of the probability. seed: of the
     sampling; None draws from torch's own generator. stop: None is what the model's generation settings say.
 
-    Raises ElastiqError where the arguments make no sense or the context is full before the first token.
+    Raises ElastiqError where the arguments make no sense, for a token that the model does not have, and where the
+    context is full before the first token.
     """
     context = getattr(model.config, "max_position_embeddings", None) or tokens.shape[-1] + max_new_tokens
     if tokens.dim() != 2 or len(tokens) != 1 or not tokens.numel():
@@ -41,6 +43,7 @@ def generate(
     if temperature < 0 or not 0 < top_p <= 1:
         raise ElastiqError(f"generate: temperature={temperature} must be at least 0, top_p={top_p} above 0 up to 1")
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+    check_ids(model, tokens, "generate")
     ends = _stop_tokens(model) if stop is None else frozenset(stop)
     cache = DynamicCache(config=model.config)
     given = tokens.to(model.device)

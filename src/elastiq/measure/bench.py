@@ -16,24 +16,31 @@ from torch.nn import functional as F
 
 from ..checkpoint import CheckpointReader
 from ..core import Damage, Width
-from ..evaluate import load_full
+from ..evaluate import check_windows, load_full
 from ..inference.loading import load
 from ..runtime import NestedLinear, NestedMatrix, nested_matrices
-from ..text.evaluation import checkpoint_tokenizer, read_text, windows
-from .prefix import Prefix
+from ..text import Windows, read_text
+from ..text.evaluation import checkpoint_tokenizer, windows
+from .prefix import Prefix, predictions
 
 _KL_ROWS = 512
 """Positions whose log-probabilities are compared at a time."""
 
 
 def read_windows(
-    path: str | Path, text: str | Path, window: int, num_windows: int | None
-) -> tuple[Tensor, dict[str, Any]]:
-    """[windows, window] tokens of a text as the checkpoint's tokenizer cuts it, and what identifies them."""
-    content, name = read_text(text), Path(text).name
-    ids = windows(content, checkpoint_tokenizer(path), window, num_windows, name)
-    digest = hashlib.sha256(content.encode()).hexdigest()
-    return ids, {"name": name, "sha256": digest, "windows": len(ids), "window": window}
+    path: str | Path, text: str | Path, window: int, num_windows: int | None, bos: bool
+) -> tuple[Windows, dict[str, Any]]:
+    """Windows of a text as the checkpoint's tokenizer cuts it, and what identifies them. bos: as for `evaluate`."""
+    content, name = read_text(text, "text"), Path(text).name
+    cut = windows(content, checkpoint_tokenizer(path), window, num_windows, name, bos=bos)
+    facts = {
+        "name": name,
+        "sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "windows": len(cut.ids),
+        "window": window,
+        **({"beginning": list(cut.beginning)} if cut.beginning else {}),
+    }
+    return cut, facts
 
 
 class Bench:
@@ -42,7 +49,8 @@ class Bench:
     `damage` reads any matrices at other widths and compares the predictions with a reference, the widest model or the
     16-bit model `against`, whose log-probabilities are kept: windows x window x vocabulary floats. Blocks before the
     first matrix that is read otherwise are not run again.
-    ids: [windows, window] of `text`. blocks: index of the decoder block of every matrix, -1 outside of them.
+    ids: [windows, window] of `text`. first: place in a window of the first token whose prediction counts. blocks:
+    index of the decoder block of every matrix, -1 outside of them.
     """
 
     def __init__(
@@ -52,13 +60,15 @@ class Bench:
         *,
         window: int = 512,
         num_windows: int | None = 4,
+        bos: bool = True,
         device: str = "cpu",
         against: str | Path | None = None,
     ) -> None:
         self.reader = CheckpointReader(path)
-        ids, self.text = read_windows(path, text, window, num_windows)
-        self.ids = ids.to(device)
-        self.model: nn.Module = load(path, device=device, dtype=torch.float32)
+        cut, self.text = read_windows(path, text, window, num_windows, bos)
+        self.ids, self.first = cut.ids.to(device), cut.first
+        self.model: Any = load(path, device=device, dtype=torch.float32)
+        check_windows(self.model, cut, self.text["name"])
         self.nested = nested_matrices(self.model)
         self._widest: dict[str, Width] = {name: matrix.bits for name, matrix in self.nested.items()}
         self._current = dict(self._widest)
@@ -67,7 +77,7 @@ class Bench:
         self._against = against
         self._device = device
         self.blocks = {row["tensor"]: int(row["block"]) for row in self.reader.table}
-        self._prefix = Prefix(self.model, self._decoder_blocks(), self.ids)
+        self._prefix = Prefix(self.model, self._decoder_blocks(), self.ids, self.first)
 
     def parameter(self, name: str) -> nn.Parameter | None:
         """The dense weight of a matrix ([experts, out, in] for experts), None for an embedding, which stays nested."""
@@ -104,7 +114,7 @@ class Bench:
             self._set(changed)
             for index, ids in enumerate(self.ids):
                 log_q = F.log_softmax(self._prefix.logits(index, same), dim=-1)
-                nll -= float(log_q.gather(1, ids[1:, None]).sum(dtype=torch.float64))
+                nll -= float(log_q.gather(1, ids[self.first :, None]).sum(dtype=torch.float64))
                 for first in range(0, len(log_q), _KL_ROWS):
                     log_p = reference[index, first : first + _KL_ROWS]
                     part = log_p.exp() * (log_p - log_q[first : first + _KL_ROWS])
@@ -120,15 +130,15 @@ class Bench:
 
     @cached_property
     def reference(self) -> tuple[Tensor, float]:
-        """Log-probabilities [windows, window - 1, vocabulary] and their mean loss."""
+        """Log-probabilities [windows, window - first, vocabulary] and their mean loss."""
         self._set({})
         model = self.model
         if self._against is not None:
             model = load_full(self._against, None, self._device, torch.float32)
         with torch.inference_mode():
-            logits = (model(input_ids=ids[None], use_cache=False).logits[0, :-1].float() for ids in self.ids)
+            logits = (predictions(model, ids, self.first) for ids in self.ids)
             kept = torch.stack([F.log_softmax(part, dim=-1) for part in logits])
-            return kept, -float(kept.gather(2, self.ids[:, 1:, None]).mean(dtype=torch.float64))
+            return kept, -float(kept.gather(2, self.ids[:, self.first :, None]).mean(dtype=torch.float64))
 
     def _unchanged_blocks(self, changed: Mapping[str, Width]) -> int:
         """How many leading blocks are as in the widest model; what they answer there is remembered."""

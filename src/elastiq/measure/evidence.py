@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core import ElastiqError, Evidence, Stats
 from .bench import Bench, block_name
+from .prefix import predictions
 
 Progress = Callable[[str, int, int], None]
 
@@ -116,9 +117,8 @@ def _parameters(bench: Bench, names: Mapping[str, Evidence]) -> dict[str, nn.Par
     return parameters
 
 
-def _loss(model: nn.Module, ids: Tensor) -> Tensor:
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-    return F.cross_entropy(logits, ids[1:])
+def _loss(model: nn.Module, ids: Tensor, first: int) -> Tensor:
+    return F.cross_entropy(predictions(model, ids, first), ids[first:])
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def _gradients(bench: Bench, parameters: Mapping[str, nn.Parameter], ids: Tensor
     with bench.widest() as model, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
         if not again:
             stack.enter_context(_differentiable(parameters))
-        return list(torch.autograd.grad(_loss(model, ids), list(parameters.values()), create_graph=again))
+        return list(torch.autograd.grad(_loss(model, ids, bench.first), list(parameters.values()), create_graph=again))
 
 
 def _first_order(bench: Bench, found: dict[str, Evidence], needs: frozenset[str], progress: Progress) -> None:
@@ -172,11 +172,11 @@ def _draws(bench: Bench, found: dict[str, Evidence], progress: Progress) -> None
         name: {level: [] for level in evidence.levels} for name, evidence in found.items()
     }
     generator = torch.Generator(bench.ids.device).manual_seed(0)
-    tokens, draws = bench.ids.shape[1] - 1, -(-_DRAWS // len(bench.ids))
+    tokens, draws = bench.ids.shape[1] - bench.first, -(-_DRAWS // len(bench.ids))
     total = draws * len(bench.ids)
     with bench.widest() as model, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _differentiable(parameters):
         for index, ids in enumerate(bench.ids):
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+            logits = predictions(model, ids, bench.first)
             probabilities = logits.detach().softmax(-1)
             for draw in range(draws):
                 progress("drawing labels", index * draws + draw, total)

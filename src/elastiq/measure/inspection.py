@@ -17,6 +17,7 @@ from ..evaluate.kinds import kind
 from ..evaluate.table import mean_error
 from ..models import Layout, ModelSource, build_skeleton, discover
 from ..pipeline.stream import BlockStream
+from ..text import beginning
 from ..text.calibration import Calibration, calibration_ids
 
 _OUTLIER = 10.0
@@ -32,6 +33,7 @@ def inspect_model(
     calibration: Calibration = None,
     num_samples: int = 4,
     seq_len: int = 128,
+    bos: bool = True,
     revision: str | None = None,
     device: str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
@@ -40,6 +42,7 @@ def inspect_model(
 
     activations: run `num_samples` windows of `seq_len` tokens of `calibration` (default: the text in the package)
     through the blocks to find the largest inputs and outlier channels of every matrix; without, only weights are seen.
+    bos: whether windows start as the tokenizer starts a text; what it puts there often makes the largest inputs.
     progress(what, done, total).
 
     Returns JSON-ready data: model, architecture, parameters, bytes_on_disk, matrices (one row each), skipped
@@ -49,7 +52,12 @@ def inspect_model(
     skeleton = build_skeleton(source, torch.float32)
     layout = discover(skeleton)
     parameters = sum({id(p): p.numel() for p in skeleton.parameters()}.values())
-    ids = calibration_ids(calibration, source.tokenizer(), num_samples, seq_len) if activations else None
+    ids, seen = None, None
+    if activations:
+        tokenizer = source.tokenizer()
+        start = beginning(tokenizer) if bos and not isinstance(calibration, Tensor) else ()
+        ids = calibration_ids(calibration, tokenizer, num_samples, seq_len, bos=bos)
+        seen = {"windows": len(ids), "window": ids.shape[1], "beginning": list(start)}
     rows = _rows(skeleton, source, layout, ids, device, progress)
     return {
         "model": source.path.resolve().name,
@@ -63,7 +71,7 @@ def inspect_model(
         "tied": layout.tied,
         "matrices": rows,
         "skipped": layout.skipped | _outer_reasons(layout),
-        "activations": None if ids is None else {"windows": len(ids), "window": ids.shape[1]},
+        "activations": seen,
     }
 
 

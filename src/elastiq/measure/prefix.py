@@ -15,11 +15,12 @@ class Prefix:
     """Lets the leading blocks of a model answer from memory, so that only what follows is computed.
 
     It holds what one block answers for every window, windows x window x hidden floats. blocks: all decoder blocks, in
-    the order in which they run. ids: [windows, window].
+    the order in which they run. ids: [windows, window], predicted from their token `first` on.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, first: int = 1) -> None:
         self._model, self._blocks, self._ids = model, tuple(blocks), ids
+        self._first = first
         self._count = 0
         self._answers: list[Any] = []
 
@@ -44,13 +45,12 @@ class Prefix:
             self._count = count
 
     def logits(self, window: int, count: int) -> Tensor:
-        """[window - 1, vocabulary] float32; the first `count` blocks, 0 or as many as remembered, are not run."""
+        """[window - first, vocabulary] float32; the first `count` blocks, 0 or as many as remembered, are not run."""
         with self._skipping(count, self._answers[window] if count else None):
             return self._logits(window)
 
     def _logits(self, window: int) -> Tensor:
-        logits: Tensor = self._model(input_ids=self._ids[window][None], use_cache=False).logits[0, :-1]
-        return logits.float()
+        return predictions(self._model, self._ids[window], self._first)
 
     def _answer(self, window: int, count: int, known: int) -> Any:
         """What block `count` (from 1) answers, the first `known` of them not run."""
@@ -74,6 +74,12 @@ class Prefix:
         finally:
             for block in skipped:
                 del block.forward
+
+
+def predictions(model: nn.Module, ids: Tensor, first: int) -> Tensor:
+    """float32 logits [window - first, vocabulary] for the tokens of one window `ids` from place `first` on."""
+    logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, first - 1 : -1]
+    return logits.float()
 
 
 class _Reached(Exception):

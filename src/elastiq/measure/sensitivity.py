@@ -29,6 +29,7 @@ def measure_sensitivity(
     *,
     window: int = 512,
     num_windows: int | None = 4,
+    bos: bool = True,
     untie: bool = False,
     device: str = "cpu",
     restart: bool = False,
@@ -36,9 +37,10 @@ def measure_sensitivity(
 ) -> Measurement:
     """Losses of every matrix and level by `method`, stored in `sensitivity.json` beside the checkpoint.
 
-    text: what the model is run on, for methods that need it; `num_windows` windows of `window` tokens. Uniform maps are
-    measured on it too, which is what predicts damage. The same measurement is not made twice unless `restart`; a killed
-    one resumes. Raises ElastiqError where a text is missing or the checkpoint cannot be written.
+    text: what the model is run on, for methods that need it; `num_windows` windows of `window` tokens, bos as for
+    `evaluate`. Uniform maps are measured on it too, which is what predicts damage. The same measurement is not made
+    twice unless `restart`; a killed one resumes. Raises ElastiqError where a text is missing or the checkpoint cannot
+    be written.
     """
     begin = time.perf_counter()
     step = _step(method)
@@ -50,14 +52,14 @@ def measure_sensitivity(
         return Measurement(step.to_dict(), rows, None, time.perf_counter() - begin)
     if text is None:
         raise ElastiqError(f"sensitivity {step.name}: it runs the model; give a text with --text")
-    _, facts = read_windows(path, text, window, num_windows)
+    _, facts = read_windows(path, text, window, num_windows, bos)
     stored = read_stored(reader)
     description = {"method": step.to_dict(), "text": facts, "untie": untie}
     found = stored.named(step.name)
     groups = Table.of(reader, untie).groups if "damage" in step.needs else tuple((n,) for n in reader.manifest.matrices)
     if found is not None and not restart and found.text == facts and {g for g, _ in found.groups} == set(groups):
         return found
-    bench = Bench(path, text, window=window, num_windows=num_windows, device=device)
+    bench = Bench(path, text, window=window, num_windows=num_windows, bos=bos, device=device)
     stored = _with_uniform(reader, stored, bench, report)
     partial_file = _Partial(reader, description, restart)
     evidence = gather(bench, known, bench.blocks, step.needs, report)

@@ -48,6 +48,7 @@ from ..formats import Integer
 from ..linalg import native
 from ..models import Layout, ModelSource, build_skeleton, discover, free_module, load_module, read_generation
 from ..solvers import RoundToNearest
+from ..text import beginning, check_ids
 from ..text.calibration import calibration_ids, file_names, tuning_ids
 from ..tuners.training import codes_of
 from .absorption import Absorbed, absorb
@@ -98,6 +99,7 @@ def quantize(
     num_samples: int = 128,
     seq_len: int = 512,
     tuning: str | Path | Sequence[Any] | Tensor | None = None,
+    bos: bool = True,
     revision: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
@@ -108,7 +110,8 @@ def quantize(
 
     model: a directory, a hub name, or what `import_model` reads: a GGUF file, a packed directory.
     calibration: text or JSONL file(s), strings, chat records, token ids, or None for the text in the package. tuning:
-    the same for a recipe with a tuner, None for the calibration's and the package's text in equal parts. dtype: of the
+    the same for a recipe with a tuner, None for the calibration's and the package's text in equal parts. bos: whether
+    every window of text starts as the tokenizer starts a text, with what models are trained to see there. dtype: of the
     forward passes' arithmetic (float32 by default; bfloat16 for a tuner of up to 4 bits where the device is made for
     it). progress(what, done, total) is called as the work goes on. Finished blocks and tuned levels are durable: the
     same call after a crash resumes, and gives the same bytes (with the same number of threads, where it tunes). Raises
@@ -118,8 +121,8 @@ def quantize(
     new_place(output)
     with ordinary(model, Path(output)) as directory:
         return _quantize(
-            directory, output, recipe or DEFAULT_RECIPE, calibration, num_samples, seq_len, tuning, revision, device,
-            dtype, restart, progress,
+            directory, output, recipe or DEFAULT_RECIPE, calibration, num_samples, seq_len, tuning, bos, revision,
+            device, dtype, restart, progress,
         )  # fmt: skip
 
 
@@ -131,6 +134,7 @@ def _quantize(
     num_samples: int,
     seq_len: int,
     tuning: str | Path | Sequence[Any] | Tensor | None,
+    bos: bool,
     revision: str | None,
     device: str,
     dtype: torch.dtype | None,
@@ -142,14 +146,16 @@ def _quantize(
     source = ModelSource(model, revision)
     read_generation(source.path)
     tokenizer = source.tokenizer()
-    ids = calibration_ids(calibration, tokenizer, num_samples, seq_len)
+    ids = calibration_ids(calibration, tokenizer, num_samples, seq_len, bos=bos)
+    start = beginning(tokenizer) if bos and not isinstance(calibration, Tensor) else ()
     if len(ids) < num_samples and not isinstance(calibration, Tensor):
         log.info("the calibration text gives %d windows of %d tokens, not %d", len(ids), seq_len, num_samples)
     trained = None
     if recipe.tuner is not None:
-        trained = tuning_ids(tuning, calibration, tokenizer, recipe.tuner.windows, ids.shape[1])
+        trained = tuning_ids(tuning, calibration, tokenizer, recipe.tuner.windows, ids.shape[1], bos=bos)
     report("reading the model", 0, 1)
-    fingerprint = _fingerprint(source, recipe, ids, dtype or torch.float32)
+    begins = {"beginning": list(start)} if start else {}
+    fingerprint = _fingerprint(source, recipe, {**_text_facts(ids), **begins}, dtype or torch.float32)
     if recipe.tuner is not None and trained is not None:
         dtypes = [str(arithmetic(device, dtype, group)) for group in recipe.tuner.groups(recipe.levels)]
         fingerprint["tuning"] = {**_text_facts(trained), "dtypes": dtypes}
@@ -162,6 +168,8 @@ def _quantize(
     if recipe.token_weights is not None and recipe.token_weights.attention:
         skeleton.set_attn_implementation("eager")  # the others keep their probabilities to themselves
     layout = discover(skeleton)
+    if trained is not None:
+        check_ids(skeleton, trained, "tuning")
     _check_disk(output, plan_of(source, skeleton, layout, recipe, num_samples, seq_len).disk)
     with CheckpointWriter(output, fingerprint, restart) as writer:
         done = writer.finished()
@@ -179,6 +187,8 @@ def _quantize(
             "calibration": file_names(calibration),
             "windows": len(ids),
             "seq_len": ids.shape[1],
+            **begins,
+            **({} if bos else {"bos": False}),
             "skipped": layout.skipped,
             **({} if Path(model).exists() else {"base_model": str(model)}),
         }
@@ -451,12 +461,14 @@ def _config(source: ModelSource, layout: Layout) -> dict[str, Any]:
     return config
 
 
-def _fingerprint(source: ModelSource, recipe: Recipe, ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+def _fingerprint(
+    source: ModelSource, recipe: Recipe, calibration: dict[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
     """Everything the bytes of the checkpoint depend on."""
     return {
         "model": source.fingerprint(),
         "recipe": recipe.to_dict(),
-        "calibration": _text_facts(ids),
+        "calibration": calibration,
         "arithmetic": {
             "dtype": str(dtype).removeprefix("torch."),
             "path": native.columns_path(),

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from .. import statistics  # noqa: F401  (they register themselves)
 from ..core import ElastiqError, Site, Statistic, Stats, TokenWeights
 from ..models import Layout, ModelSource, free_module, give_back_memory, load_module, read_parameter
+from ..text import check_ids
 from .objective import BlockObjective
 from .products import ExpertProducts, Products
 
@@ -469,11 +470,7 @@ def _check_ids(model: PreTrainedModel, ids: Tensor) -> None:
             f"calibration: windows of {ids.shape[1]} tokens exceed the model's {longest} positions; "
             f"use a seq_len of at most {longest}"
         )
-    if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
-        raise ElastiqError(
-            f"calibration: token id {int(ids.max() if ids.min() >= 0 else ids.min())} is outside the model's "
-            f"vocabulary of {config.vocab_size}; use the model's own tokenizer"
-        )
+    check_ids(model, ids, "calibration")
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..evaluate import kind, level_error, mean_error, short_kinds
+from ..text import begins
 from .charts import Line
 
 _MAX_COLUMNS = 128
@@ -167,13 +168,19 @@ def experts(table: Sequence[dict[str, Any]]) -> list[tuple[int, list[Expert]]]:
 
 
 def evaluation_names(evaluations: Sequence[dict[str, Any]]) -> list[str]:
-    """The text of each evaluation, with its windows where one text was measured in several ways."""
+    """The text of each evaluation, with its windows, and how they begin, where one text was measured in several
+    ways."""
     protocols = [evaluation["protocol"] for evaluation in evaluations]
     texts = [p["text"] for p in protocols]
-    return [
-        p["text"] if texts.count(p["text"]) == 1 else f"{p['text']}, {p['num_windows']} x {p['window']} tokens"
-        for p in protocols
-    ]
+    starts: dict[str, set[tuple[int, ...]]] = {text: set() for text in texts}
+    for p in protocols:
+        starts[p["text"]].add(tuple(p.get("beginning", ())))
+    names = []
+    for p in protocols:
+        windows = f", {p['num_windows']} x {p['window']} tokens" if texts.count(p["text"]) > 1 else ""
+        start = f", {begins(p.get('beginning', ()))}" if len(starts[p["text"]]) > 1 else ""
+        names.append(f"{p['text']}{windows}{start}")
+    return names
 
 
 def quality_lines(evaluations: Sequence[dict[str, Any]], key: str) -> list[Line]:
@@ -183,7 +190,7 @@ def quality_lines(evaluations: Sequence[dict[str, Any]], key: str) -> list[Line]
     for index, evaluation in enumerate(evaluations):
         rows = [r for r in evaluation["levels"] if isinstance(r.get(key), (int, float)) and r[key] > 0]
         if rows:
-            labels = [str(r["bits"]) for r in rows]
+            labels = [f"{r['bits']:g}" for r in rows]
             x = [r["bits_per_weight"] for r in rows]
             lines.append(Line(names[index], x, [r[key] for r in rows], labels, colour=index))
     top = max(lines, key=lambda line: max(line.y), default=None)

@@ -10,7 +10,18 @@ from typing import Any
 from ..checkpoint import CheckpointReader
 from ..checkpoint.files import replace_file, write_named
 from ..core import ElastiqError
-from ..evaluate import checkpoint_files, full_bytes, level_sizes, made_by, mean_error, megabytes, read_evaluations
+from ..evaluate import (
+    checkpoint_files,
+    full_bytes,
+    level_sizes,
+    made_by,
+    mean_error,
+    megabytes,
+    read_evaluations,
+    row_key,
+    row_name,
+    row_order,
+)
 from .charts import line_chart, save_line_chart
 from .data import (
     Line,
@@ -142,24 +153,25 @@ def _facts(reader: CheckpointReader) -> list[tuple[str, str]]:
 
 
 def _widths(reader: CheckpointReader, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """One row per width that has scales of its own or has been evaluated."""
-    measured = {row["bits"]: row for row in evaluation["levels"]} if evaluation else {}
+    """One row per width that has scales of its own, and per width or map that has been evaluated."""
+    measured = {row_key(row): row for row in evaluation["levels"]} if evaluation else {}
     full = evaluation["full"]["perplexity"] if evaluation else None
-    shown = sorted((set(reader.levels) | set(measured)) & set(reader.available))
-    sizes = level_sizes(reader, shown)
+    own = [bits for bits in reader.available if bits in reader.levels or bits in measured]
+    sizes = {row_key(row): row for row in measured.values() if row["bits"] <= reader.available[-1]}
+    sizes |= {bits: {"bits": bits, **size} for bits, size in level_sizes(reader, own).items()}
     largest = max(size["bytes_in_memory"] for size in sizes.values())
     rows = []
-    for bits in shown:
-        row = measured.get(bits, {})
+    for size in sorted(sizes.values(), key=row_order):
+        row = measured.get(row_key(size), {})
         perplexity = row.get("perplexity")
         rows.append(
             {
-                "bits": bits,
-                "bits_per_weight": sizes[bits]["bits_per_weight"],
-                "memory": megabytes(sizes[bits]["bytes_in_memory"]),
-                "bar": round(_BAR * sizes[bits]["bytes_in_memory"] / largest),
-                "disk": megabytes(sizes[bits]["bytes_on_disk"]),
-                "error": _number(mean_error(reader.table, bits), ".2g"),
+                "bits": row_name(size),
+                "bits_per_weight": size["bits_per_weight"],
+                "memory": megabytes(size["bytes_in_memory"]),
+                "bar": round(_BAR * size["bytes_in_memory"] / largest),
+                "disk": megabytes(size["bytes_on_disk"]),
+                "error": "" if "map" in size else _number(mean_error(reader.table, size["bits"]), ".2g"),
                 "perplexity": _perplexity(perplexity),
                 "change": f"{100 * (perplexity / full - 1):+.1f} %" if perplexity and full else "",
                 "kl_mean": _number(row.get("kl_mean"), ".3g"),
@@ -177,7 +189,7 @@ def _other(evaluation: dict[str, Any]) -> dict[str, Any]:
     if any(r["kl_mean"] is not None for r in rows):
         lines.append(("KL mean", [_number(r["kl_mean"], ".3g") for r in rows], "0"))
         lines.append(("same first choice", [_percent(r["top1_agreement"]) for r in rows], "100 %"))
-    return {"words": evaluation["protocol"]["words"], "widths": [r["bits"] for r in rows], "lines": lines}
+    return {"words": evaluation["protocol"]["words"], "widths": [row_name(r) for r in rows], "lines": lines}
 
 
 def _verdict(evaluation: dict[str, Any] | None) -> str | None:
@@ -188,9 +200,9 @@ def _verdict(evaluation: dict[str, Any] | None) -> str | None:
     good = [row for row in evaluation["levels"] if row["perplexity"] <= 1.05 * full]
     if not good:
         return None
-    row = min(good, key=lambda row: row["bits"])
-    times = 16 / row["bits_per_weight"]
-    return f"At {row['bits']} bits the matrices take {times:.1f} times less room and perplexity rises by less than 5 %."
+    row = min(good, key=row_order)
+    name, times = row_name(row), 16 / row["bits_per_weight"]
+    return f"At {name} bits the matrices take {times:.1f} times less room and perplexity rises by less than 5 %."
 
 
 def _quality(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:

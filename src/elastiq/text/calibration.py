@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,46 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core import ElastiqError, library_errors
 from ..embedded import calibration_text
+from .files import read_records, read_text
+from .tokens import Windows, beginning, tokenize
 
 Calibration = str | Path | Sequence[str | Path | dict[str, Any]] | Tensor | None
 TEXT_FILES = (".txt", ".md")
 
 
 def calibration_ids(
-    calibration: Calibration, tokenizer: PreTrainedTokenizerBase | None, num_samples: int, seq_len: int
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase | None,
+    num_samples: int,
+    seq_len: int,
+    *,
+    bos: bool = True,
 ) -> Tensor:
     """At most `num_samples` windows of token ids, int64 [n, seq_len].
 
     calibration: a .txt, .md or .jsonl file; a list whose members are texts (str), files (Path) or records (dict); a
     tensor of ids; None for the text that travels with the package. A record is {"text": ...} or {"messages": [...]},
     the latter rendered with the tokenizer's chat template. Everything is joined by blank lines into one text and cut
-    into consecutive windows that do not overlap, from its start, without special tokens. Ids of one dimension are cut
-    the same way, rows of a matrix are windows already (cut to seq_len where they are longer). Raises ElastiqError for
+    into consecutive windows that do not overlap, from its start, each behind what the tokenizer puts in front of a
+    text unless `bos` is false; seq_len counts that. Ids say themselves how they begin: those of one dimension are cut
+    into windows, rows of a matrix are windows already (cut to seq_len where they are longer). Raises ElastiqError for
     what cannot be read and for less than one window.
     """
     if isinstance(calibration, Tensor):
         return _windows_of_ids(calibration, num_samples, seq_len)
     if tokenizer is None:
         raise ElastiqError("calibration: text needs a tokenizer; give a tensor of token ids instead")
-    ids = _tokenize(_text(calibration, tokenizer), tokenizer, num_samples * seq_len)
-    return _windows_of_ids(torch.tensor(ids, dtype=torch.long), num_samples, seq_len)
+    start = beginning(tokenizer) if bos else ()
+    room = seq_len - len(start)
+    if room < 1:
+        raise ElastiqError(
+            f"calibration: seq_len={seq_len} has no room for text behind what the tokenizer begins with; "
+            f"use more than {len(start)}"
+        )
+    ids = _tokenize(_text(calibration, tokenizer), tokenizer, num_samples * room, start)
+    if len(ids) < room:
+        raise _too_short(len(ids), seq_len)
+    return Windows.of(ids, start, seq_len, num_samples).ids
 
 
 def tuning_ids(
@@ -44,6 +60,8 @@ def tuning_ids(
     tokenizer: PreTrainedTokenizerBase | None,
     num_samples: int,
     seq_len: int,
+    *,
+    bos: bool = True,
 ) -> Tensor:
     """Windows for a tuner, as `calibration_ids`, but the members of a list give equal numbers of them instead of being
     joined. Without `tuning`: half of them from `calibration` and half from the text that travels with the package, so
@@ -58,7 +76,8 @@ def tuning_ids(
     else:
         texts = [calibration, None]
     share = -(-num_samples // len(texts))
-    return torch.cat([calibration_ids(text, tokenizer, share, seq_len) for text in texts])[:num_samples]
+    parts = [calibration_ids(text, tokenizer, share, seq_len, bos=bos) for text in texts]
+    return torch.cat(parts)[:num_samples]
 
 
 def file_names(calibration: Calibration) -> list[str]:
@@ -71,20 +90,23 @@ def _windows_of_ids(ids: Tensor, num_samples: int, seq_len: int) -> Tensor:
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
         raise ElastiqError("calibration: token ids must be whole numbers in one or two dimensions")
     if not ids.numel() or (ids.dim() == 1 and ids.numel() < seq_len):
-        raise ElastiqError(
-            f"calibration: {ids.shape[-1]} tokens are less than one window of {seq_len}; "
-            "give a longer text or a smaller seq_len"
-        )
+        raise _too_short(ids.shape[-1], seq_len)
     if ids.dim() == 1:
         ids = ids[: ids.numel() // seq_len * seq_len].view(-1, seq_len)
     return ids[:num_samples, :seq_len].to("cpu", torch.long).contiguous()
 
 
-def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
+def _too_short(count: int, seq_len: int) -> ElastiqError:
+    return ElastiqError(
+        f"calibration: {count} tokens are less than one window of {seq_len}; give a longer text or a smaller seq_len"
+    )
+
+
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, wanted: int, start: tuple[int, ...]) -> list[int]:
     """Ids of the first `wanted` tokens or more, of all tokens if there are fewer; no more text is read than needed."""
     length = 8 * wanted
     while True:
-        ids = tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenize(text[:length], tokenizer, "calibration", start)
         if length >= len(text) or len(ids) > wanted + 16:  # the cut may spoil the last tokens
             return ids
         length *= 2
@@ -107,23 +129,10 @@ def _member(member: str | Path | dict[str, Any], index: int, tokenizer: Any) -> 
 def _read_file(file: Path, tokenizer: Any) -> str:
     if file.suffix not in (*TEXT_FILES, ".jsonl"):
         raise ElastiqError(f"{file}: calibration reads .txt, .md and .jsonl files, not {file.suffix or 'this kind'!r}")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ElastiqError(f"the calibration file {file} cannot be read: {error}") from error
     if file.suffix != ".jsonl":
-        return text
-    lines = ((number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
-    return "\n\n".join(
-        _render(_parse(line, file, number), f"{file}, line {number}", tokenizer) for number, line in lines
-    )
-
-
-def _parse(line: str, file: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ElastiqError(f"{file}, line {number}, is not valid JSON: {error}") from error
+        return read_text(file, "calibration")
+    records = read_records(file, "calibration")
+    return "\n\n".join(_render(record, f"calibration: {file}, line {number}", tokenizer) for number, record in records)
 
 
 def _render(record: Any, where: str, tokenizer: Any) -> str:
