@@ -268,7 +268,7 @@ def untie_stored(model: PreTrainedModel, stored: Set[str]) -> None:
 
 def has_own_head(reader: CheckpointReader) -> bool:
     """Whether config.json ties parameters that the checkpoint stores apart, such as a head of its own."""
-    config = _config(reader)
+    config = _config(reader.path, reader.config)
     if not getattr(config.get_text_config(), "tie_word_embeddings", True):
         return False
     return bool(stored_apart(_skeleton(reader, config, torch.float32), _stored(reader)))
