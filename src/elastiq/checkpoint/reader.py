@@ -117,7 +117,7 @@ class CheckpointReader:
             raise self.unknown(name)
         matrix = self.manifest.matrices[name]
         if isinstance(width, str) and (matrix.members == 1 or len(width) != matrix.members):
-            members = "experts" if matrix.role == "expert" else "rows"
+            members = "experts" if matrix.fused else "rows"
             raise ElastiqError(
                 f"{name}: {len(width)} widths were given for {matrix.role} {list(matrix.shape)}; give one for the whole"
                 + ("" if matrix.members == 1 else f", or one digit for each of its {matrix.members} {members}")

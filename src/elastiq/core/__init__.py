@@ -18,7 +18,7 @@ from .level_map import LevelMap, Width, widest, width_counts
 from .part import Kept, Part, is_read
 from .recipe import Recipe
 from .scales import MIN_SCALE, ArraySpec, decode_level, encode_level, level_specs, rounded, storage, to_half
-from .site import Site
+from .site import FUSED, ROLES, TRANSPOSED, Site
 from .stats import Rows, Statistic, Stats
 from .step import (
     Compensator,
@@ -39,8 +39,11 @@ from .term import QuantizedWeight, SideTerm, Term
 
 __all__ = [
     "EVIDENCE",
+    "FUSED",
     "MAX_BITS",
     "MIN_SCALE",
+    "ROLES",
+    "TRANSPOSED",
     "Allocator",
     "ArraySpec",
     "Choices",

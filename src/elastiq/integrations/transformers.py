@@ -5,12 +5,14 @@ Without the import transformers stops at the first matrix, whose first plane has
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
@@ -75,11 +77,7 @@ class ElastiqQuantizer(HfQuantizer):
         if self._reader is not None:
             for name in (BASE, *(plane_file(plane) for plane in range(1, planes + 1))):
                 self._reader.check(name)
-        self._row_scales = {
-            matrix.name: getattr(model.get_submodule(matrix.name), "scalar_embed_scale", None)
-            for matrix in manifest.matrices.values()
-            if matrix.role == "embedding"
-        }
+        _make_buffers_real(model, [m.name for m in manifest.matrices.values() if m.role == "embedding"])
         _tie(model)
         untie_stored(model, stored)
         for matrix in manifest.matrices.values():
@@ -105,10 +103,6 @@ class ElastiqQuantizer(HfQuantizer):
             for plane in range(1, self.quantization_config.planes + 1):
                 matrix.hold({key: cast(Tensor, matrix._buffers.pop(key)) for key in matrix.stored.arrays(plane)})
             matrix.bits = self._bits[name]
-        for name, scale in self._row_scales.items():
-            if scale is not None:  # a buffer that no file holds
-                embedding: Any = model.get_submodule(name)
-                embedding.embed_scale = torch.tensor(scale, device=embedding.weight.device)
         if self._reader is not None:
             attach(model, self._reader)
         accelerate(model)
@@ -178,6 +172,19 @@ def _tie(model: PreTrainedModel) -> None:
     for target, source in model.all_tied_weights_keys.items():
         module, _, key = target.rpartition(".")
         model.get_submodule(module)._parameters[key] = model.get_parameter(source)
+
+
+def _make_buffers_real(model: PreTrainedModel, names: list[str]) -> None:
+    """Give buffers of the modules `names` that transformers has left without values those of a model just built."""
+    wanted = [
+        name for name in names if any(buffer.is_meta for buffer in model.get_submodule(name).buffers(recurse=False))
+    ]
+    if not wanted:
+        return
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):
+        twin = type(model)(copy.deepcopy(model.config))
+    for name in wanted:
+        model.get_submodule(name)._buffers.update(twin.get_submodule(name)._buffers)
 
 
 def _has_parameter(model: nn.Module, name: str) -> bool:

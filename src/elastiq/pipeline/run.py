@@ -325,7 +325,7 @@ def quantize_matrix(
             codes_of(quantized)
     except ElastiqError as error:
         raise ElastiqError(f"{site.name}: {error}") from error
-    if site.role == "expert" and quantized.shift(recipe.levels[0]) is not None:
+    if site.expert is not None and quantized.shift(recipe.levels[0]) is not None:
         raise ElastiqError(f"{site.name}: an expert has no output of its own to shift; leave the bias correction out")
     energy, abs_max = _energy(weight, stats), stats.get("abs_max")
     first = quantized.terms[0]

@@ -1,0 +1,233 @@
+"""Try every causal language model that this transformers knows, tiny and random: docs/families.md is what comes out.
+
+python scripts/families.py            writes the page (minutes)
+python scripts/families.py llama mpt  tries these and prints their lines
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+import elastiq
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
+VOCAB = 260
+BOUND = 0.05
+"""Gap of the logits, relative to the original's, that plain rounding to 8 bits stays below with these weights."""
+RECIPE = partial(elastiq.recipes.rtn, levels=(8,), group_size=16)
+NEW_TOKENS = 3
+
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim", "embedding_size"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim", "dff"), 96),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 256),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 48),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim", "head_dim"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),
+    "sliding_window": 8,
+    "vocab_size": VOCAB,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""What a configuration is made small by, wherever it has an entry of the name."""
+
+OWN: dict[str, dict[str, Any]] = {}
+"""What single families need besides."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out for one family: `said` in the two columns, and whether nothing is wrong."""
+
+    architecture: str
+    blocks: str
+    embeddings: str
+    fine: bool
+
+    def row(self, model_type: str) -> str:
+        return f"| `{model_type}` | {self.architecture} | {self.blocks} | {self.embeddings} |"
+
+
+def architectures() -> dict[str, str]:
+    """Class of the causal language model by model type."""
+    found = {}
+    for config, model in AutoModelForCausalLM._model_mapping.items():
+        cls = model[0] if isinstance(model, tuple) else model
+        found[config.model_type] = cls.__name__
+    return dict(sorted(found.items()))
+
+
+def small_config(model_type: str) -> PretrainedConfig:
+    """A tiny configuration of the family."""
+    known = AutoConfig.for_model(model_type).to_dict()
+    settings = {name: value for name, value in SIZES.items() if name in known}
+    for name, value in known.items():
+        if name.endswith("_config") and isinstance(value, dict):
+            settings[name] = {key: size for key, size in SIZES.items() if key in value}
+    return AutoConfig.for_model(model_type, **{**settings, **OWN.get(model_type, {})})
+
+
+def make(model_type: str, directory: Path) -> PreTrainedModel:
+    """The tiny model of the family, saved with a tokenizer in `directory`. Its weights are large enough that every
+    block matters, its norms and biases not constant."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(model_type), dtype=torch.float32).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in sorted(model.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:
+            parameter.add_(0.1 * noise)
+        else:
+            parameter.copy_(noise * 1.5 / max(parameter.shape[-1], 16) ** 0.5)
+    model.half().float().save_pretrained(directory)
+    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(letters, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(directory)
+    return model
+
+
+def attempt(model_type: str, architecture: str, work: Path) -> Outcome:
+    """Quantize the tiny model with and without its embeddings, load it both ways, compare and generate."""
+    with quiet():
+        try:
+            model = make(model_type, work / "model")
+        except Exception as error:
+            return Outcome(architecture, f"not tried: {_first_line(error)}", "", True)
+        said, fine = [], True
+        for embeddings in (False, True):
+            try:
+                said.append(_gap(model, work, embeddings))
+            except elastiq.ElastiqError as error:
+                said.append(f"refused: {_without_path(str(error), work)}")
+            except Exception as error:
+                said.append(f"**fails**: {type(error).__name__}: {_first_line(error)}")
+            fine &= not said[-1].startswith("**")
+    blocks, with_embeddings = said
+    return Outcome(architecture, blocks, "" if with_embeddings == blocks != "right" else with_embeddings, fine)
+
+
+def _gap(model: PreTrainedModel, work: Path, embeddings: bool) -> str:
+    ids = torch.randint(3, VOCAB - 4, (2, 24), generator=torch.Generator().manual_seed(1))
+    output = work / f"out-{embeddings}"
+    elastiq.quantize(work / "model", output, RECIPE(embeddings=embeddings), ids)
+    wanted = _centred(model(input_ids=ids[:1], use_cache=False).logits)
+    for name, load in (("elastiq.load", elastiq.load), ("from_pretrained", AutoModelForCausalLM.from_pretrained)):
+        loaded = load(output)
+        found = _centred(loaded(input_ids=ids[:1], use_cache=False).logits)
+        gap = float((found - wanted).norm() / wanted.norm())
+        if not gap < BOUND:
+            return f"**wrong**: {name} is {gap:.0%} from the original"
+        if not _generates(loaded, ids[:1]):
+            return f"**wrong**: generate after {name} does not follow the model's own logits"
+    return "right"
+
+
+def _generates(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether every generated token has the largest logit after those before it, computed without a cache."""
+    with torch.no_grad():
+        text = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None,
+            pad_token_id=0, num_beams=1,
+        )  # fmt: skip
+        logits = model(input_ids=text[:, :-1], use_cache=False).logits[:, ids.shape[1] - 1 :]
+    chosen = logits.gather(-1, text[:, ids.shape[1] :, None])[..., 0]
+    return text.shape[1] == ids.shape[1] + NEW_TOKENS and bool((logits.max(dim=-1).values - chosen < 1e-2).all())
+
+
+def _centred(logits: Tensor) -> Tensor:
+    return logits.detach().float() - logits.detach().float().mean(dim=-1, keepdim=True)
+
+
+def _without_path(text: str, work: Path) -> str:
+    text = re.sub(rf"{re.escape(str(work))}/[\w.-]*:? ?", "", text)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _first_line(error: Exception) -> str:
+    lines: Iterable[str] = str(error).strip().splitlines()
+    return next(iter(lines), type(error).__name__)[:160].replace("|", "\\|")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what libraries say on the way."""
+    logging.disable(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def page(outcomes: dict[str, Outcome]) -> str:
+    """docs/families.md."""
+    right = [name for name, outcome in outcomes.items() if outcome.blocks == "right"]
+    refused = [name for name, outcome in outcomes.items() if outcome.blocks.startswith("refused")]
+    rows = "\n".join(outcome.row(name) for name, outcome in outcomes.items())
+    return f"""# Families
+
+<!-- Generated by scripts/families.py; run it again instead of editing. -->
+
+Which causal language models of transformers {transformers.__version__} can be quantized: {len(right)} of
+{len(outcomes)} families are right, {len(refused)} are refused with the reason below. Nothing here is a list that
+elastiq reads: it looks at a model's structure. The page is made by a test of each on a tiny random model: quantized by
+plain rounding to 8 bits, loaded with `elastiq.load` and with `from_pretrained`, logits within {BOUND:.0%} of the
+original's, and {NEW_TOKENS} generated tokens that follow the model's own logits; once more with `--embeddings`, where
+the input embedding and the head are quantized too.
+
+| model type | class | blocks | with embeddings |
+|---|---|---|---|
+{rows}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="model types; none: all, and the page is written")
+    chosen = parser.parse_args().families
+    known = architectures()
+    outcomes = {}
+    transformers.utils.logging.disable_progress_bar()
+    for model_type in chosen or known:
+        work = Path(tempfile.mkdtemp())
+        try:
+            outcomes[model_type] = attempt(model_type, known[model_type], work)
+        finally:
+            shutil.rmtree(work)
+        print(outcomes[model_type].row(model_type), flush=True)
+    if not chosen:
+        PAGE.write_text(page(outcomes), encoding="utf-8")
+    sys.exit(not all(outcome.fine for outcome in outcomes.values()))
+
+
+if __name__ == "__main__":
+    main()
