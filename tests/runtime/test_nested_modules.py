@@ -83,7 +83,8 @@ def test_linear() -> None:
     assert set(module.state_dict()) == {"bias", "weight"} | {f"plane_{p}" for p in range(2, 9)} | {
         f"{kind}_{level}" for kind in ("scale", "zero_point") for level in LEVELS
     }
-    assert module.weight.dtype == torch.uint8
+    assert module.state_dict()["weight"].dtype == torch.uint8
+    assert module.weight.dtype == torch.float32 and torch.equal(module.weight.T, weight.dequantize(8).T)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         module.to(dtype)
         x = torch.randn(2, 3, 40).to(dtype)

@@ -32,6 +32,7 @@ from ..solvers import RoundToNearest
 from ..text.calibration import calibration_ids, file_names, tuning_ids
 from ..tuners.training import codes_of
 from .absorption import Absorbed, absorb
+from .guard import Checked, check_config, check_result, keep_logits
 from .planning import DEFAULT_RECIPE, STATES_IN_MEMORY, plan_of
 from .stream import BlockStream
 from .tuning import Forgetful, arithmetic, tune
@@ -51,8 +52,8 @@ class Summary:
     levels: level -> bits_per_weight (counted over the quantized matrices), bytes_in_memory (the planes up to that level
     with their scales, and everything in 16 bits), bytes_on_disk (the files a reader of that level needs), error (mean
     over the matrices of the relative output error, None for a level that was tuned afterwards). tuning: level -> the
-    tuner's loss before and after, on windows it did not train on. already_finished: nothing was done, the checkpoint
-    was there.
+    tuner's loss before and after, on windows it did not train on. checked: how far the loaded checkpoint is from the
+    model. already_finished: nothing was done, the checkpoint was there.
     """
 
     output: str
@@ -64,6 +65,7 @@ class Summary:
     resumed_blocks: int = 0
     fallbacks: tuple[str, ...] = ()
     tuning: dict[str, dict[str, float]] = field(default_factory=dict)
+    checked: Checked | None = None
     already_finished: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,18 +142,23 @@ def _quantize(
     if recipe.token_weights is not None and recipe.token_weights.attention:
         skeleton.set_attn_implementation("eager")  # the others keep their probabilities to themselves
     layout = discover(skeleton)
+    config = _config(source)
+    check_config(source, config)
     _check_disk(output, plan_of(source, skeleton, layout, recipe, num_samples, seq_len).disk)
     with CheckpointWriter(output, fingerprint, restart) as writer:
         done = writer.finished()
         if not _units(layout, recipe) <= done:
-            run = _Run(recipe, writer, BlockStream(
+            stream = BlockStream(
                 skeleton, source, layout, ids, recipe.needs | {"abs_max"}, dtype or torch.float32, device, writer.work,
                 STATES_IN_MEMORY, recipe.token_weights,
-            ), report)  # fmt: skip
+            )  # fmt: skip
+            run = _Run(recipe, writer, stream, report)
             run.blocks()
+            keep_logits(writer, stream)
             if recipe.embeddings:
                 report("quantizing embeddings", 0, 1)
                 run.embeddings(skeleton, source)
+            del run, stream
         info: dict[str, Any] = {
             "model": source.path.resolve().name,
             "calibration": file_names(calibration),
@@ -165,10 +172,17 @@ def _quantize(
             tuned = tune(writer, source, layout, sites, recipe.levels, recipe.tuner, trained, dtype, device, report)
             info["tuning"] = {"texts": file_names(tuning), "windows": len(trained), "loss": tuned}
         report("writing the checkpoint", 0, 1)
-        writer.finish(_base(source, layout, recipe), source.path, _config(source), recipe, info)
+        checked: list[Checked] = []
+
+        def check(result: Path) -> None:
+            report("comparing it with the model", 0, 1)
+            checked.append(check_result(writer, ids, dtype or torch.float32, result))
+            report("comparing it with the model", 1, 1)
+
+        writer.finish(_base(source, layout, recipe), source.path, config, recipe, info, check)
     write_card(output)
     report("writing the checkpoint", 1, 1)
-    return _summary(output, len(ids), begin, resumed_blocks=len(done))
+    return _summary(output, len(ids), begin, resumed_blocks=len(done), checked=checked[0])
 
 
 class _Run:

@@ -227,6 +227,16 @@ class BlockStream:
         """The model's logits [windows, seq_len, vocabulary], a few windows at a time, after the last block."""
         return self._finish(stop_at_head=False)
 
+    @torch.no_grad()
+    def first_logits(self) -> Tensor:
+        """The model's logits [1, seq_len, vocabulary] of the first window, after the last block."""
+        self._check_order(len(self._blocks))
+        with self._loading_on_call():
+            hidden = self._return(self._batch(0, 1))
+            ids = self._ids[:1].to(self._device)
+            logits: Tensor = self._run_model(ids, lambda *args, **kwargs: hidden, stop_at_head=False)
+        return logits
+
     def _batches(self) -> Iterator[tuple[int, int]]:
         windows, seq_len = self._ids.shape
         step = max(1, TOKENS_PER_BATCH // seq_len)
