@@ -74,7 +74,8 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0, "laurel_rank": 8,
-        "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16, "activation_sparsity_pattern": [0.0, 0.0],
+        "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16,
+        "activation_sparsity_pattern": [0.0, 0.0],
     },
     "gemma4_text": {
         "layer_types": ["sliding_attention", "full_attention"], "vocab_size_per_layer_input": VOCAB,
@@ -251,8 +252,8 @@ Which causal language models of transformers {transformers.__version__} can be q
 {len(lines)} families are right, {refused} are refused with the reason below. Nothing here is a list that
 elastiq reads: it looks at a model's structure. The page is made by a test of each on a tiny random model: quantized by
 plain rounding to 8 bits, loaded with `elastiq.load` and with `from_pretrained`, logits within {BOUND:.0%} of the
-original's, and {NEW_TOKENS} generated tokens that follow the model's own logits (where those of the original do); once more with `--embeddings`, where
-the input embedding and the head are quantized too.
+original's, and {NEW_TOKENS} generated tokens that follow the model's own logits (where those of the original do); once
+more with `--embeddings`, where the input embedding and the head are quantized too.
 
 | model type | class | blocks | with embeddings |
 |---|---|---|---|

@@ -36,7 +36,7 @@ def test_the_page_says_what_the_script_finds(model_type: str, tmp_path: Path) ->
     outcome = FAMILIES.attempt(model_type, FAMILIES.architectures()[model_type], tmp_path)
     lines = FAMILIES.rows_of(FAMILIES.PAGE.read_text(encoding="utf-8"))
     assert outcome.row(model_type) == lines[model_type]
-    assert outcome.fine and outcome.blocks == "right" or outcome.blocks.startswith("refused: Llama4ForCausalLM")
+    assert (outcome.fine and outcome.blocks == "right") or outcome.blocks.startswith("refused: Llama4ForCausalLM")
 
 
 def test_the_page_is_made_of_its_lines() -> None:

@@ -77,7 +77,7 @@ def test_mutants_are_caught(
     if mutate is lose_biases:
         make_biases_large(model)
     name = {"_elastiq": "elastiq.load", "_transformers": "from_pretrained"}[loader]
-    with pytest.raises(ElastiqError, match=rf"was not published, because its \w+, loaded by {name} at {bits} bits, has"):
+    with pytest.raises(ElastiqError, match=rf"was not published, because its \w+, loaded by {name} at {bits} bits"):
         quantized(model, tmp_path / "out", levels=(bits,), embeddings=True)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial" / "units").is_dir()
 
@@ -104,9 +104,9 @@ def test_a_config_that_is_not_read_back_is_refused_before_the_work(tmp_path: Pat
     source = ModelSource(tiny.make_model("llama", tmp_path / "model"))
     written = json.loads((tmp_path / "model" / "config.json").read_text())
     guard.check_config(source, written)
-    with pytest.raises(ElastiqError, match="hidden_size of config.json is 64 and would be read back as 128; load the"):
+    with pytest.raises(ElastiqError, match=r"hidden_size of config\.json is 64 and would be read back as 128"):
         guard.check_config(source, {**written, "hidden_size": 128})
-    with pytest.raises(ElastiqError, match="its config.json cannot be read back once it is written"):
+    with pytest.raises(ElastiqError, match=r"its config\.json cannot be read back once it is written"):
         guard.check_config(source, {**written, "model_type": "no_such_model"})
 
 

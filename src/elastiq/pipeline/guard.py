@@ -20,7 +20,6 @@ from ..checkpoint import CheckpointReader, CheckpointWriter
 from ..checkpoint.files import json_bytes, read_config, spelled
 from ..checkpoint.names import BASE, CONFIG, plane_file
 from ..core import ElastiqError
-from ..integrations.transformers import ElastiqConfig
 from ..inference.loading import load
 from ..models import ModelSource, give_back_memory
 from .stream import BlockStream
@@ -133,8 +132,10 @@ def check_result(writer: CheckpointWriter, ids: Tensor, dtype: torch.dtype, resu
 
 
 def relative_gap(found: Tensor, wanted: Tensor) -> float:
-    """Distance of logits [..., vocabulary], each position's mean taken off, relative to the norm of `wanted`: the median
-    over the positions, because where a router chooses another expert a position is far off and nothing is wrong."""
+    """Distance of logits [..., vocabulary], each position's mean taken off, relative to the norm of `wanted`.
+
+    It is the median over the positions: where a router chooses another expert, one is far off and nothing is wrong.
+    """
     found, wanted = (logits - logits.mean(dim=-1, keepdim=True) for logits in (found, wanted))
     gaps = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-30)
     return float(gaps.median()) if bool(gaps.isfinite().all()) else math.inf
@@ -157,10 +158,10 @@ def _elastiq(path: Path, bits: int) -> PreTrainedModel:
 
 
 def _transformers(path: Path, bits: int) -> PreTrainedModel:
+    """At the widest, which transformers takes by itself."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=ElastiqConfig(bits=bits), dtype=torch.float32, trust_remote_code=False,
-        local_files_only=True,
-    )  # fmt: skip
+        path, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+    )
     return model
 
 
