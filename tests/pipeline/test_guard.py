@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import elastiq
-from elastiq import guard
 from elastiq.core import ElastiqError
 from elastiq.models import ModelSource
+from elastiq.pipeline import guard
 
 IDS = torch.randint(3, tiny.VOCAB - 4, (3, 32), generator=torch.Generator().manual_seed(1))
 
