@@ -18,29 +18,27 @@ class LazyWeight(Tensor):
     by `weight.T`, which must be right.
     """
 
-    _values: Callable[[torch.dtype], Tensor]
+    _in_dtype: Callable[[torch.dtype], Tensor]
 
     @staticmethod
     def __new__(
         cls, values: Callable[[torch.dtype], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> LazyWeight:
         """values: the weight in a dtype."""
-        weight: LazyWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=device
-        )
-        weight._values = values
+        weight: LazyWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        weight._in_dtype = values
         return weight
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         args, kwargs = tree_map(_decoded, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyWeight({list(self.shape)}, {self.dtype}, {self.device})"
 
 
 def _decoded(value: Any) -> Any:
-    return value._values(value.dtype) if isinstance(value, LazyWeight) else value
+    return value._in_dtype(value.dtype) if isinstance(value, LazyWeight) else value
