@@ -1,4 +1,4 @@
-# make demo, make test, make test-sanitized, make test-oldest, make lint: each first sets up what it needs in .venv, and only what changed.
+# make demo, make test, make test-sanitized, make test-oldest, make families, make lint: each first sets up what it needs in .venv, and only what changed.
 #
 # TORCH is given to pip as it stands, so a machine without a GPU can name an index of CPU builds:
 #   make test TORCH="torch -i ADDRESS_OF_THE_INDEX"
@@ -19,7 +19,7 @@ OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\(.*\)".*/\1/p' pyproject.toml)
 SOURCES := $(shell find src native -type f ! -name '*.so' ! -name '*.pyc') pyproject.toml README.md LICENSE
 
-.PHONY: demo test test-sanitized test-oldest lint clean
+.PHONY: demo test test-sanitized test-oldest families lint clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)")
@@ -40,6 +40,10 @@ test-sanitized: $(SANITIZED)/installed
 test-oldest: $(OLDEST)/installed
 	@OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest tests/integrations tests/inference tests/runtime tests/models \
 		tests/pipeline/test_run.py tests/foreign/test_exporting.py tests/foreign/test_importing.py tests/evaluate
+
+# docs/families.md: every causal language model that transformers knows, tiny and random, through the whole way.
+families: $(VENV)/installed
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/families.py
 
 lint: $(VENV)/installed
 	@$(BIN)/ruff check --quiet .

@@ -107,10 +107,31 @@ def test_a_weight_used_without_its_layer_is_skipped() -> None:
     assert {site.name.rpartition(".")[2] for site in layout.sites} == {"in_proj", "x_proj", "out_proj"}
 
 
-def test_transposed_experts_are_refused_by_name() -> None:
+def test_transposed_experts() -> None:
     model = small("gpt_oss", num_local_experts=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    with pytest.raises(ElastiqError, match=r"GptOssForCausalLM cannot be quantized: the experts in .* transposed"):
-        discover(model)  # type: ignore[arg-type]
+    layout = discover(model)  # type: ignore[arg-type]
+    experts = {site.name: (site.role, site.shape) for site in layout.at(0) if site.expert is not None}
+    assert len(experts) == 8
+    assert experts["model.layers.0.mlp.experts.gate_up_proj.3"] == ("expert_transposed", (192, 64))
+    assert experts["model.layers.0.mlp.experts.down_proj.0"] == ("expert_transposed", (64, 96))
+    assert layout.skipped["model.layers.0.mlp.router"] == "router to 4 experts"
+
+
+def test_linear_layers_of_a_class_of_their_own_are_tried() -> None:
+    class Plain(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.T + self.bias
+
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = small("llama", num_attention_heads=4)
+    with torch.device("meta"):
+        model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.gate_proj = Plain(64, 96), Doubled(64, 96)
+    layout = discover(model)  # type: ignore[arg-type]
+    assert "model.layers.0.mlp.up_proj" in {site.name for site in layout.at(0)}
+    assert layout.skipped["model.layers.0.mlp.gate_proj"] == "Doubled computes in a way of its own"
 
 
 def test_experts_that_are_not_multiplied_one_at_a_time_are_refused_by_name() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -83,7 +84,8 @@ def test_linear() -> None:
     assert set(module.state_dict()) == {"bias", "weight"} | {f"plane_{p}" for p in range(2, 9)} | {
         f"{kind}_{level}" for kind in ("scale", "zero_point") for level in LEVELS
     }
-    assert module.weight.dtype == torch.uint8
+    assert module.state_dict()["weight"].dtype == torch.uint8
+    assert module.weight.dtype == torch.float32 and torch.equal(module.weight.T, weight.dequantize(8).T)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         module.to(dtype)
         x = torch.randn(2, 3, 40).to(dtype)
@@ -112,7 +114,7 @@ def test_embedding_reads_only_its_rows() -> None:
     module.bits = 5
     ids = torch.tensor([[3, 29, 3], [0, 1, 2]])
     assert torch.equal(module(ids), weight.dequantize(5).bfloat16()[ids])
-    scaled = NestedEmbedding(module.stored, torch.float32, torch.tensor(8.0))
+    scaled = NestedEmbedding(module.stored, torch.float32, 8.0)
     hold(scaled, [weight], 2)
     scaled.bits = 2
     assert torch.equal(scaled(ids), 8.0 * weight.dequantize(2)[ids])
@@ -151,14 +153,14 @@ def test_planes_may_be_exchanged_and_moved(symmetric: bool) -> None:
     module.load_state_dict(other.state_dict(), assign=True)
     assert reads(second)
     module.load_state_dict({name: array.clone() for name, array in module.state_dict().items()}, assign=True)
-    other.weight.zero_()
+    other.get_buffer("plane_2").zero_()
     assert reads(second)
     for name, array in module.named_buffers():
         array.data = array.clone()
         assert reads(second), name
         array.share_memory_()
         assert reads(second), name
-    module.weight.data = 255 - module.weight
+    module.plane_2.data = 255 - module.plane_2
     assert not reads(second)
 
 
@@ -266,6 +268,45 @@ def test_swap() -> None:
 def test_swap_refuses(matrix: StoredMatrix, sentence: str) -> None:
     with pytest.raises(ElastiqError, match=sentence):
         swap(Toy(), matrix)
+
+
+@pytest.mark.parametrize("kept_as", [lambda x: x, torch.tensor], ids=["number", "tensor"])
+def test_an_embedding_that_multiplies_its_rows_is_tried(kept_as: Callable[[float], object]) -> None:
+    """Whatever the factor's name, and whether it is a number or a tensor."""
+
+    class Scaled(nn.Embedding):
+        factor_of_the_family = kept_as(5.5)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) * self.factor_of_the_family
+
+    model, table = Toy(), random_weight((30, 24), group_size=16)
+    model.embed = Scaled(30, 24, padding_idx=29)
+    swap(model, StoredMatrix("embed", "embedding", (30, 24), 16, LEVELS))
+    hold(model.embed, [table], 8)
+    model.embed.bits = 8
+    ids = torch.tensor([[3, 29, 0]])
+    assert torch.equal(model.embed(ids), 5.5 * table.dequantize(8)[ids])
+
+
+def test_the_weight_that_modules_are_asked_for() -> None:
+    """Its dtype and shape are those of the weight, it costs no memory, and it has the values of the width in use."""
+    module, weight = linear(bias=False)
+    for bits in (3, 8):
+        module.bits = bits
+        expected = weight.dequantize(bits)
+        asked = module.weight
+        assert (asked.dtype, asked.shape, asked.device) == (torch.float32, expected.shape, torch.device("cpu"))
+        x = torch.randn(2, expected.shape[1])
+        assert torch.equal(x @ asked.T, x @ expected.T) and torch.equal(F.linear(x, asked), F.linear(x, expected))
+        assert "LazyWeight" in repr(asked)
+    assert module.bfloat16().weight.dtype == torch.bfloat16
+    turned = NestedLinear(StoredMatrix("m", "conv1d", tuple(expected.shape), 16, LEVELS), None, torch.float32)
+    with pytest.raises(AttributeError):
+        _ = turned.weight
+    hold(turned, [weight], 8)
+    turned.bits = 8
+    assert turned.weight.shape == expected.T.shape and torch.equal(turned.weight + 0, expected.T)
 
 
 def test_strange_embeddings_are_refused() -> None:

@@ -37,7 +37,7 @@ class Cut:
         """
         if matrix.members == 1:
             return None
-        if matrix.role == "expert":
+        if matrix.fused:
             losses = rows.reshape(len(rows), matrix.members, -1).sum(axis=2)
             return Cut(tuple((expert,) for expert in range(matrix.members)), losses.T)
         if matrix.members <= ROWS:
@@ -74,7 +74,7 @@ def expert_cuts(reader: CheckpointReader) -> dict[str, Cut]:
     """Every expert a part, sharing by output error and energy as far as the level table knows them."""
     cuts = {}
     for name, matrix in reader.manifest.matrices.items():
-        if matrix.role == "expert" and matrix.members > 1:
+        if matrix.fused and matrix.members > 1:
             rows = {row["name"]: row for row in reader.table if row["tensor"] == name}
             losses = [_share(rows.get(f"{name}.{expert}", {}), reader.levels) for expert in range(matrix.members)]
             cuts[name] = Cut(tuple((expert,) for expert in range(matrix.members)), np.array(losses))

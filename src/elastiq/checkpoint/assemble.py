@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core import ArraySpec, ElastiqError, Recipe, held
 from ..runtime.stored import StoredMatrix
-from .files import json_bytes, range_chunks, sync_directory, write_durably
+from .files import json_bytes, range_chunks, spelled, sync_directory, write_durably
 from .manifest import Manifest
 from .names import (
     BASE,
@@ -55,7 +55,7 @@ def assemble(
         if travels_along(path.name) and path.is_file():
             digests[path.name] = write_durably(result / path.name, range_chunks(path, 0, path.stat().st_size))
     documents = {
-        CONFIG: {**config, "quantization_config": manifest.to_dict()},
+        CONFIG: spelled({**config, "quantization_config": manifest.to_dict()}),
         RECIPE: recipe.to_dict(),
         FINGERPRINT: fingerprint,
         LEVELS: _level_table(units, tuned, manifest, digests, info),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -21,6 +22,8 @@ CHUNK = 1 << 20
 MAX_JSON = 256 << 20
 """Largest JSON file that is read, in bytes."""
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.elastiq-tmp")
+_FLOAT = "__float__"
+_SPECIAL = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 def write_durably(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
@@ -154,6 +157,30 @@ def read_json(path: Path) -> Any:
         raise ElastiqError(f"{path}: cannot be read ({error.strerror}); copy it from the original checkpoint") from None
     except (ValueError, RecursionError):
         raise ElastiqError(f"{path}: not readable as JSON; copy it from the original checkpoint") from None
+
+
+def spelled(config: Any) -> Any:
+    """The content of a config.json with numbers that JSON does not have spelled as transformers spells them: the
+    infinity in `time_step_limit` of Mamba 2 is {"__float__": "Infinity"}."""
+    if isinstance(config, float) and not math.isfinite(config):
+        return {_FLOAT: next(name for name, value in _SPECIAL.items() if repr(value) == repr(config))}
+    if isinstance(config, dict):
+        return {key: spelled(value) for key, value in config.items()}
+    return [spelled(value) for value in config] if isinstance(config, list | tuple) else config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json with such numbers as numbers; raises as `read_json`."""
+    config = _unspelled(read_json(path))
+    return config if isinstance(config, dict) else {}
+
+
+def _unspelled(config: Any) -> Any:
+    if isinstance(config, dict):
+        if config.keys() == {_FLOAT} and isinstance(config[_FLOAT], str) and config[_FLOAT] in _SPECIAL:
+            return _SPECIAL[config[_FLOAT]]
+        return {key: _unspelled(value) for key, value in config.items()}
+    return [_unspelled(value) for value in config] if isinstance(config, list) else config
 
 
 def range_chunks(path: Path, start: int, size: int) -> Iterator[bytes]:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..core import MAX_BITS, ArraySpec, ElastiqError, storage
-from ..runtime.stored import ROLES, StoredMatrix, readable_widths
+from ..core import FUSED, MAX_BITS, ROLES, ArraySpec, ElastiqError, storage
+from ..runtime.stored import StoredMatrix, readable_widths
 from .names import BASE, FORMAT_VERSION, QUANT_METHOD, is_array_name, plane_file
 from .parts import from_rows, to_rows
 
@@ -102,7 +102,7 @@ def _matrix(name: str, row: object, levels: tuple[int, ...], symmetric: bool, wh
     if not is_array_name(name) or not isinstance(row, dict) or row.get("role") not in ROLES:
         raise _bad(where, f"modules.{name}", row)
     shape, group_size = row.get("shape"), row.get("group_size")
-    axes = 3 if row["role"] == "expert" else 2
+    axes = 3 if row["role"] in FUSED else 2
     if not isinstance(shape, list) or len(shape) != axes or not all(_whole(size) for size in shape):
         raise _bad(where, f"modules.{name}.shape", shape)
     if not isinstance(group_size, int) or not _whole(group_size):

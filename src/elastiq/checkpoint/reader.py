@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..core import ArraySpec, ElastiqError, Recipe, Width, width_counts
-from .files import read_checksums, read_json, sha256
+from .files import read_checksums, read_config, read_json, sha256
 from .manifest import Manifest
 from .names import BASE, CONFIG, INDEX, LEVELS, RECIPE, is_plain, is_read_along, plane_file
 from .tensors import read_header
@@ -39,7 +39,7 @@ class CheckpointReader:
             raise ElastiqError(
                 f"{self.path}: not an elastiq checkpoint (it has no config.json); give the output of quantize"
             )
-        self.config: dict[str, Any] = read_json(self.path / CONFIG)
+        self.config = read_config(self.path / CONFIG)
         self.manifest = Manifest.from_config(self.config, str(self.path))
         self.check(CONFIG)
         self.planes = self._count_planes()
@@ -108,7 +108,7 @@ class CheckpointReader:
             raise self.unknown(name)
         matrix = self.manifest.matrices[name]
         if isinstance(width, str) and (matrix.members == 1 or len(width) != matrix.members):
-            members = "experts" if matrix.role == "expert" else "rows"
+            members = "experts" if matrix.fused else "rows"
             raise ElastiqError(
                 f"{name}: {len(width)} widths were given for {matrix.role} {list(matrix.shape)}; give one for the whole"
                 + ("" if matrix.members == 1 else f", or one digit for each of its {matrix.members} {members}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core import ElastiqError
 from .assemble import checksums, index
-from .files import json_bytes, range_chunks, sync_directory, write_durably
+from .files import json_bytes, range_chunks, spelled, sync_directory, write_durably
 from .names import BASE, CHECKSUMS, CONFIG, INDEX, plane_file
 from .publish import write_aside
 from .reader import CheckpointReader
@@ -40,7 +40,7 @@ def narrow(directory: Path, reader: CheckpointReader, bits: int) -> None:
     if uncovered:
         raise ElastiqError(f"{reader.path}: checksums.json does not cover {uncovered[0]}; copy it from the original")
     documents = {
-        CONFIG: {**reader.config, "quantization_config": manifest.to_dict()},
+        CONFIG: spelled({**reader.config, "quantization_config": manifest.to_dict()}),
         INDEX: index(manifest, reader.base_specs),
     }
     for name, data in documents.items():

@@ -105,7 +105,7 @@ def unit_weights(unit: Unit) -> dict[str, QuantizedWeight]:
         arrays = {name: array(f"{matrix.name}.{name}") for name in names}
         codes = _read_codes(matrix, arrays) if matrix.coded else {}
         for index, site in enumerate(unit.sites[matrix.name]):
-            expert = index if matrix.role == "expert" else None
+            expert = index if matrix.fused else None
             own = [part for part in matrix.parts if part.expert == expert]
             weights[site] = restored(own, arrays, codes.get(index))
     return weights
@@ -140,8 +140,8 @@ def _read_codes(matrix: StoredMatrix, arrays: Mapping[str, Tensor]) -> dict[int,
     else:
         zero_point = torch.stack([read[f"zero_point_{r}"] for r in matrix.levels])
     found = {}
-    for index in range(matrix.shape[0] if matrix.role == "expert" else 1):
-        pick = (index,) if matrix.role == "expert" else ()
+    for index in range(matrix.shape[0] if matrix.fused else 1):
+        pick = (index,) if matrix.fused else ()
         codes = unpack_planes([plane[pick] for plane in planes], matrix.in_features).contiguous()
         each = (slice(None), *pick)
         grid = Grid(matrix.levels, matrix.group_size, scale[each], zero_point[each], matrix.symmetric, matrix.scales)

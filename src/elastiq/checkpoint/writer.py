@@ -136,12 +136,14 @@ class CheckpointWriter:
         config: dict[str, Any],
         recipe: Recipe,
         info: dict[str, Any],
+        check: Callable[[Path], object] = lambda result: None,
     ) -> None:
         """Merge the units into the checkpoint and put it at `output` with one rename; the writer is closed afterwards.
 
         base: everything of the model that is not in a unit, parameters and persistent buffers, each once.
         source_dir: where tokenizer, templates and generation settings are copied from. config: the model's config.json.
-        info: JSON-ready facts stored under "info" in levels.json.
+        info: JSON-ready facts stored under "info" in levels.json. check: is given the whole checkpoint before it is
+        put there, and raises where it must not be.
         """
         units = [read_unit_file(self._unit_path(unit)) for unit in sorted(self.finished())]
         result = self.work / "result"
@@ -150,6 +152,8 @@ class CheckpointWriter:
             result.mkdir()
             tuned = sorted(self._tuned.glob("*.safetensors"))
             assemble(result, units, tuned, base, Path(source_dir), config, recipe, info, self.fingerprint)
+        check(result)
+        with disk_errors(self.output, _RESUME):
             self._publish(result)
         self.close()
 

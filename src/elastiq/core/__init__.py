@@ -21,7 +21,7 @@ from .plain import plain_count, plain_number
 from .powers import LEAST, RowPowers, common_power
 from .recipe import Recipe
 from .scales import MIN_SCALE, ArraySpec, decode_level, encode_level, level_specs, rounded, storage, to_half
-from .site import Site
+from .site import FUSED, ROLES, TRANSPOSED, Site
 from .stats import Rows, Statistic, Stats
 from .step import (
     Compensator,
@@ -43,9 +43,12 @@ from .term import QuantizedWeight, SideTerm, Term
 
 __all__ = [
     "EVIDENCE",
+    "FUSED",
     "LEAST",
     "MAX_BITS",
     "MIN_SCALE",
+    "ROLES",
+    "TRANSPOSED",
     "Allocator",
     "ArraySpec",
     "Choices",

@@ -48,7 +48,7 @@ class HuggingFace(Target, name="hf"):
             if self.exact and error:
                 raise ElastiqError(f"hf: {stored.name} at {width} bits is rounded by 16-bit floats; leave --exact out")
             rows.append(ExportedMatrix(stored.name, width, str(dtype), 16 * held.numel(), held.numel(), width, error))
-            yield held.T if stored.role == "conv1d" else held
+            yield held.mT if stored.transposed else held
 
         done = write_directory(view, path, specs, payload, view.config)
         done.matrices.extend(rows)
@@ -70,8 +70,9 @@ def _dtype(view: View) -> torch.dtype:
 
 
 def _parameter(stored: StoredMatrix) -> str:
-    return stored.name if stored.role == "expert" else f"{stored.name}.weight"
+    return stored.name if stored.fused else f"{stored.name}.weight"
 
 
 def _shape(stored: StoredMatrix) -> tuple[int, ...]:
-    return stored.shape[::-1] if stored.role == "conv1d" else stored.shape
+    *experts, rows, columns = stored.shape
+    return (*experts, columns, rows) if stored.transposed else stored.shape

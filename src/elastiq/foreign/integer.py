@@ -117,7 +117,7 @@ class IntegerTarget(Target):
 
     def check(self, view: View) -> None:
         for name, stored in view.matrices.items():
-            if stored.role in ("conv1d", "expert"):
+            if stored.fused or stored.transposed:
                 raise ElastiqError(f"{self.name}: {name} is no ordinary linear layer; export to hf or gguf")
             if stored.role != "linear":
                 continue

@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..checkpoint.files import json_bytes, range_chunks, write_durably
+from ..checkpoint.files import json_bytes, range_chunks, spelled, write_durably
 from ..checkpoint.names import CONFIG, travels_along
 from ..checkpoint.tensors import read_header, tensor_bytes, write_tensors
 from ..core import ArraySpec, ElastiqError, held
@@ -140,7 +140,7 @@ def write_directory(
 ) -> Exported:
     """A model directory of one safetensors file with the arrays of `specs`, config.json and the side files."""
     write_tensors(path / "model.safetensors", specs, lambda name: map(tensor_bytes, payload(name)))
-    write_durably(path / CONFIG, [json_bytes(dict(config), CONFIG)])
+    write_durably(path / CONFIG, [json_bytes(spelled(dict(config)), CONFIG)])
     for name in side_files(view):
         source = view.reader.path / name
         write_durably(path / name, range_chunks(source, 0, source.stat().st_size))

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from ..allocate import Budget, Table, allocate, parse_bytes, read_map
 from ..checkpoint import CheckpointReader
-from ..checkpoint.files import read_json
+from ..checkpoint.files import read_config
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.names import BASE, CONFIG
 from ..core import ElastiqError, LevelMap, Width, library_errors, plain_count, plain_number, require_held, widest
@@ -108,7 +108,7 @@ def _load_saved(
     path: Path, bits: Widths | None, max_bits: int | None, memory: str | int | None, device: torch.device,
     dtype: torch.dtype | None,
 ) -> PreTrainedModel:  # fmt: skip
-    data = read_json(path / CONFIG)
+    data = read_config(path / CONFIG)
     manifest = Manifest.from_config(data, str(path))
     if memory is not None or isinstance(bits, float):
         raise ElastiqError(f"{path}: saved without its level table; give a width or a level map, no mean or memory")

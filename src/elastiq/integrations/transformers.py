@@ -5,12 +5,14 @@ Without the import transformers stops at the first matrix, whose first plane has
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
@@ -77,11 +79,7 @@ class ElastiqQuantizer(HfQuantizer):
             self._reader.check_side_files()
             for name in (BASE, *(plane_file(plane) for plane in range(1, planes + 1))):
                 self._reader.check(name)
-        self._row_scales = {
-            matrix.name: getattr(model.get_submodule(matrix.name), "scalar_embed_scale", None)
-            for matrix in manifest.matrices.values()
-            if matrix.role == "embedding"
-        }
+        _make_buffers_real(model, [m.name for m in manifest.matrices.values() if m.role == "embedding"])
         _tie(model)
         untie_stored(model, stored)
         for matrix in manifest.matrices.values():
@@ -110,10 +108,6 @@ class ElastiqQuantizer(HfQuantizer):
         for name, parameter in model.named_parameters():
             if parameter.dtype == torch.float16 and not bool(torch.isfinite(parameter).all()):
                 raise ElastiqError(f"{name}: it holds numbers that float16 cannot; load with dtype=torch.bfloat16")
-        for name, scale in self._row_scales.items():
-            if scale is not None:  # a buffer that no file holds
-                embedding: Any = model.get_submodule(name)
-                embedding.embed_scale = torch.tensor(scale, device=embedding.weight.device)
         attach(model, self._reader)
         keep_a_parameter(model)
         accelerate(model)
@@ -179,6 +173,19 @@ def _tie(model: PreTrainedModel) -> None:
     for target, source in model.all_tied_weights_keys.items():
         module, _, key = target.rpartition(".")
         model.get_submodule(module)._parameters[key] = model.get_parameter(source)
+
+
+def _make_buffers_real(model: PreTrainedModel, names: list[str]) -> None:
+    """Give buffers of the modules `names` that transformers has left without values those of a model just built."""
+    wanted = [
+        name for name in names if any(buffer.is_meta for buffer in model.get_submodule(name).buffers(recurse=False))
+    ]
+    if not wanted:
+        return
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):
+        twin = type(model)(copy.deepcopy(model.config))
+    for name in wanted:
+        model.get_submodule(name)._buffers.update(twin.get_submodule(name)._buffers)
 
 
 def _has_parameter(model: nn.Module, name: str) -> bool:

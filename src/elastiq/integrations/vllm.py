@@ -71,7 +71,7 @@ class ElastiqConfig(QuantizationConfig):
             return None
         if len(found) < len(names) or len({matrix.group_size for matrix in found}) > 1:
             raise ElastiqError(f"vllm: {prefix} fuses {', '.join(names)}, which are not quantized alike; mend that")
-        if found[0].role in ("conv1d", "expert"):
+        if found[0].fused or found[0].transposed:
             raise ElastiqError(f"vllm: {prefix} is of a kind ({found[0].role}) that the plugin does not serve yet")
         if any(matrix.parts or not matrix.coded for matrix in found):
             raise ElastiqError(

@@ -18,7 +18,7 @@ from ..checkpoint import CheckpointReader
 from ..core import Damage, Width
 from ..evaluate import check_windows, load_full
 from ..inference.loading import load
-from ..runtime import NestedLinear, NestedMatrix, nested_matrices
+from ..runtime import NestedEmbedding, NestedLinear, NestedMatrix, nested_matrices
 from ..text import Windows, read_text
 from ..text.evaluation import checkpoint_tokenizer, windows
 from .prefix import Prefix, predictions
@@ -82,9 +82,7 @@ class Bench:
     def parameter(self, name: str) -> nn.Parameter | None:
         """The dense weight of a matrix ([experts, out, in] for experts), None for an embedding, which stays nested."""
         matrix = self.nested[name]
-        if isinstance(matrix, NestedLinear):
-            return self.model.get_parameter(f"{name}.weight")
-        return self.model.get_parameter(name) if matrix.stored.role == "expert" else None
+        return None if isinstance(matrix, NestedEmbedding) else self.model.get_parameter(f"{name}.weight")
 
     def decode(self, name: str, bits: Width) -> Tensor:
         """float32 values at a width, in the shape that is stored."""
@@ -181,10 +179,21 @@ class Bench:
             linear.weight = nn.Parameter(matrix.dense(), requires_grad=False)
             linear.register_parameter("bias", matrix.bias)
             setattr(parent, leaf, linear)
-        elif matrix.stored.role == "expert":
-            weight = nn.Parameter(matrix.dense(), requires_grad=False)
-            delattr(parent, leaf)
-            parent.register_parameter(leaf, weight)
+        elif matrix.stored.fused:
+            setattr(parent, leaf, _DenseExperts(matrix))
+
+
+class _DenseExperts(nn.Module):
+    """Stands where `NestedExperts` stood; weight: [experts, out, in] whichever way they are asked for."""
+
+    def __init__(self, matrix: NestedMatrix) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(matrix.dense(), requires_grad=False)
+        self._transposed = matrix.stored.transposed
+
+    def __getitem__(self, expert: Tensor | int) -> Tensor:
+        values = self.weight[int(expert)]
+        return values.T if self._transposed else values
 
 
 def block_name(matrix: str, block: int) -> str | None:

@@ -88,7 +88,7 @@ def _cache_file(reader: CheckpointReader, device: str) -> Path:
 @torch.inference_mode()
 def _measure(reader: CheckpointReader, device: str, report: Progress) -> dict[str, Any]:
     matrices = reader.manifest.matrices
-    if any(matrix.role == "expert" for matrix in matrices.values()):
+    if any(matrix.fused for matrix in matrices.values()):
         raise ElastiqError("latency: of a mixture of experts it depends on the text and is not measured; use --size")
     model: Any = load(reader.path, device=device)
     first = {matrix.shape: name for name, matrix in reversed(matrices.items())}

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..core import ElastiqError, Site
+from ..core import TRANSPOSED, ElastiqError, Site
 
 log = logging.getLogger("elastiq")
 
@@ -117,11 +118,11 @@ def _scan_block(model: PreTrainedModel, block: str, index: int, sites: list[Site
             if parameter.dim() < 2:
                 continue
             if _is_fused(module, parameter):
-                _check_fused(model, module, key)
+                role = _fused_role(model, module, key)
                 experts, *matrix = parameter.shape
                 names = [f"{key}.{expert}" for expert in range(experts)]
-                shape = (matrix[0], matrix[1])
-                sites.extend(Site(n, "expert", shape, index, n, e) for e, n in enumerate(names))
+                shape = (matrix[1], matrix[0]) if role in TRANSPOSED else (matrix[0], matrix[1])
+                sites.extend(Site(n, role, shape, index, n, e) for e, n in enumerate(names))
             elif parameter.shape[0] == num_experts and not key.endswith("bias"):
                 skipped[key.removesuffix(".weight")] = f"router to {num_experts} experts"
             else:
@@ -135,9 +136,23 @@ def _matrix_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _keep(module: nn.Module, shape: tuple[int, int]) -> str | None:
-    if type(module) not in (nn.Linear, Conv1D):
+    if type(module) not in (nn.Linear, Conv1D) and not _multiplies(module):
         return f"{type(module).__name__} computes in a way of its own"
     return "a gate with one output" if shape[0] == 1 else None
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a linear layer of a class of its own gives x Wᵀ + b (Falcon's does), tried on a small random matrix."""
+    weight, x, bias = torch.randn(5, 3), torch.randn(2, 4, 3), torch.randn(5)
+    parameters = {"weight": weight} | ({} if module.bias is None else {"bias": bias})
+    wanted = x @ weight.T + (0 if module.bias is None else bias)
+    try:
+        with torch.no_grad():
+            found = functional_call(module, parameters, (x,))
+    except Exception as error:
+        log.debug("%s: cannot be called with a small matrix: %s", type(module).__name__, error)
+        return False
+    return isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, atol=1e-4)
 
 
 def _experts(model: PreTrainedModel, block: str) -> tuple[int, tuple[str, ...]]:
@@ -160,12 +175,11 @@ def _is_fused(module: nn.Module, parameter: Tensor) -> bool:
     return parameter.dim() == 3 and "expert" in type(module).__name__.lower()
 
 
-def _check_fused(model: PreTrainedModel, module: nn.Module, name: str) -> None:
+def _fused_role(model: PreTrainedModel, module: nn.Module, name: str) -> str:
     transposed = getattr(module, "is_transposed", None)
     if transposed is None:
         raise _refusal(model, f"{type(module).__name__} does not multiply by the experts in {name} one at a time")
-    if transposed:
-        raise _refusal(model, f"the experts in {name} are stored transposed, [experts, in, out]")
+    return "expert_transposed" if transposed else "expert"
 
 
 def _outer(model: PreTrainedModel, embedding: str | None, head: str | None) -> tuple[Site, ...]:
@@ -187,10 +201,10 @@ def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
 
 def _traced(model: PreTrainedModel, blocks: tuple[str, ...], sites: list[Site], skipped: dict[str, str]) -> list[Site]:
     """The sites with input_id set to the first site that is given the same tensor; those never called are skipped."""
-    leader, finished = _trace(model, blocks, {site.name for site in sites if site.role != "expert"})
+    leader, finished = _trace(model, blocks, {site.name for site in sites if site.expert is None})
     kept = []
     for site in sites:
-        if site.role != "expert" and site.name not in leader and site.block in finished:
+        if site.expert is None and site.name not in leader and site.block in finished:
             skipped[site.name] = "its weight is used without calling its layer"
         else:
             kept.append(replace(site, input_id=leader.get(site.name, site.name)))

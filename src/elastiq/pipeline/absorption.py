@@ -33,14 +33,14 @@ def absorb(stream: BlockStream, block: int, sites: Sequence[Site], folds: Mappin
     """
     found = Absorbed()
     shapes = stream.parameters(block)
-    matrices = {site.name: site for site in sites if site.role != "expert"}
+    matrices = {site.name: site for site in sites if site.expert is None}
     for name, (first, *_) in folds.items():
         divisor = first.divisor()
         readers = [site for site in sites if site.input_id == name]
-        if divisor is None or any(site.role == "expert" for site in readers):
+        if divisor is None or any(site.expert is not None for site in readers):
             continue
         random = torch.randn(len(divisor), generator=torch.Generator().manual_seed(0)).mul(0.5).exp()
-        inner = {f"{s.name}.weight": random[:, None] if s.role == "conv1d" else random for s in readers}
+        inner = {f"{s.name}.weight": random[:, None] if s.transposed else random for s in readers}
         norms = (n.removesuffix(".weight") for n, s in shapes.items() if n.endswith(".weight") and s == random.shape)
         fitting = (site.name for site in matrices.values() if site.shape[0] == len(random))
         taken = inner.keys() | found.factors.keys() | {f"{giver}.weight" for giver in found.rows}
@@ -58,6 +58,6 @@ def absorb(stream: BlockStream, block: int, sites: Sequence[Site], folds: Mappin
 
 def _divided(giver: str, site: Site | None, by: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """What divides the outputs of a norm or of the matrix `site`: factors of its parameters."""
-    rows = 1 / by[:, None] if site is not None and site.role != "conv1d" else 1 / by
+    rows = 1 / by[:, None] if site is not None and not site.transposed else 1 / by
     bias = {f"{giver}.bias": 1 / by} if f"{giver}.bias" in shapes else {}
     return {f"{giver}.weight": rows} | bias

@@ -83,6 +83,5 @@ def parameter(
 ) -> Tensor:
     """The parameter that holds these matrices, as its module stores it."""
     values = [weight(site.name).to(device, dtype) for site in members]
-    if members[0].expert is not None:
-        return torch.stack(values)
-    return values[0].T if members[0].role == "conv1d" else values[0]
+    values = [value.T if members[0].transposed else value for value in values]
+    return torch.stack(values) if members[0].expert is not None else values[0]

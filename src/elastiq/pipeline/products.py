@@ -76,6 +76,10 @@ class Products:
             )
 
 
+_MULTIPLICATIONS = (nn.functional.linear, Tensor.matmul, torch.matmul, Tensor.__matmul__)
+"""x first, then the matrix, [out, in] for the first and [in, out] for the others."""
+
+
 class ExpertProducts(TorchFunctionMode):
     """Sees every multiplication by one expert of a fused parameter."""
 
@@ -85,7 +89,7 @@ class ExpertProducts(TorchFunctionMode):
         self._fused = {
             model.get_parameter(site.tensor).untyped_storage().data_ptr(): site
             for site in sites
-            if site.role == "expert"
+            if site.expert is not None
         }
 
     def __torch_function__(
@@ -93,10 +97,10 @@ class ExpertProducts(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if func is nn.functional.linear:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
+        if func in _MULTIPLICATIONS:
+            x, weight = [*args, *kwargs.values()][:2]
             site = self._fused.get(weight.untyped_storage().data_ptr())
             if site is not None:
                 expert = weight.storage_offset() // site.num_weights
-                self._products.add(f"{site.tensor}.{expert}", args[0] if args else kwargs["input"], output)
+                self._products.add(f"{site.tensor}.{expert}", x, output)
         return output

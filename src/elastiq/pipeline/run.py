@@ -52,6 +52,7 @@ from ..text import beginning, check_ids
 from ..text.calibration import calibration_ids, file_names, tuning_ids
 from ..tuners.training import codes_of
 from .absorption import Absorbed, absorb
+from .guard import Checked, check_config, check_result, keep_logits
 from .planning import DEFAULT_RECIPE, STATES_IN_MEMORY, plan_of
 from .stream import BlockStream
 from .tuning import Forgetful, arithmetic, tune
@@ -71,8 +72,8 @@ class Summary:
     levels: level -> bits_per_weight (counted over the quantized matrices), bytes_in_memory (the planes up to that level
     with their scales, and everything else in float32, as a processor holds it), bytes_on_disk (the files a reader of
     that level needs), error (mean over the matrices of the relative output error, None for a level that was tuned
-    afterwards). tuning: level -> the tuner's loss before and after, on windows it did not train on. already_finished:
-    nothing was done, the checkpoint was there.
+    afterwards). tuning: level -> the tuner's loss before and after, on windows it did not train on. checked: how far
+    the loaded checkpoint is from the model. already_finished: nothing was done, the checkpoint was there.
     """
 
     output: str
@@ -84,6 +85,7 @@ class Summary:
     resumed_blocks: int = 0
     fallbacks: tuple[str, ...] = ()
     tuning: dict[str, dict[str, float]] = field(default_factory=dict)
+    checked: Checked | None = None
     already_finished: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,18 +172,23 @@ def _quantize(
     layout = discover(skeleton)
     if trained is not None:
         check_ids(skeleton, trained, "tuning")
+    config = _config(source, layout)
+    check_config(source, config)
     _check_disk(output, plan_of(source, skeleton, layout, recipe, num_samples, seq_len).disk)
     with CheckpointWriter(output, fingerprint, restart) as writer:
         done = writer.finished()
         if not _units(layout, recipe) <= done:
-            run = _Run(recipe, writer, BlockStream(
+            stream = BlockStream(
                 skeleton, source, layout, ids, recipe.needs | {"abs_max"}, dtype or torch.float32, device, writer.work,
                 STATES_IN_MEMORY, recipe.token_weights,
-            ), report)  # fmt: skip
+            )  # fmt: skip
+            run = _Run(recipe, writer, stream, report)
             run.blocks()
+            keep_logits(writer, stream)
             if recipe.embeddings:
                 report("quantizing embeddings", 0, 1)
                 run.embeddings(skeleton, source)
+            del run, stream
         info: dict[str, Any] = {
             "model": source.path.resolve().name,
             "calibration": file_names(calibration),
@@ -197,12 +204,19 @@ def _quantize(
             tuned = tune(writer, source, layout, sites, recipe.levels, recipe.tuner, trained, dtype, device, report)
             info["tuning"] = {"texts": file_names(tuning), "windows": len(trained), "loss": tuned}
         report("writing the checkpoint", 0, 1)
-        writer.finish(_base(source, layout, recipe), source.path, _config(source, layout), recipe, info)
+        checked: list[Checked] = []
+
+        def check(result: Path) -> None:
+            report("comparing it with the model", 0, 1)
+            checked.append(check_result(writer, ids, dtype or torch.float32, result))
+            report("comparing it with the model", 1, 1)
+
+        writer.finish(_base(source, layout, recipe), source.path, config, recipe, info, check)
     write_card(output)
     for doubt in doubts(CheckpointReader(output, verify=False).table):
         log.warning("%s", doubt)
     report("writing the checkpoint", 1, 1)
-    return _summary(output, len(ids), begin, resumed_blocks=len(done))
+    return _summary(output, len(ids), begin, resumed_blocks=len(done), checked=checked[0])
 
 
 class _Run:
@@ -365,7 +379,7 @@ def quantize_matrix(
             codes_of(quantized)
     except ElastiqError as error:
         raise ElastiqError(f"{site.name}: {error}") from error
-    if site.role == "expert" and quantized.shift(recipe.levels[0]) is not None:
+    if site.expert is not None and quantized.shift(recipe.levels[0]) is not None:
         raise ElastiqError(f"{site.name}: an expert has no output of its own to shift; leave the bias correction out")
     energy, abs_max = _energy(weight, stats), stats.get("abs_max")
     first = quantized.terms[0]

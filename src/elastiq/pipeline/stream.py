@@ -122,10 +122,10 @@ class BlockStream:
             for module in self._blocks[block].modules() if self._weights and self._weights.attention else ():
                 hooks.callback(module.register_forward_hook(products.of_attention).remove)
             for site in sites:
-                if site.role != "expert" and site.name in stats:
+                if site.expert is None and site.name in stats:
                     hook = partial(products.of_module, site.name)
                     hooks.callback(self._model.get_submodule(site.name).register_forward_hook(hook).remove)
-            if any(site.role == "expert" for site in sites):
+            if any(site.expert is not None for site in sites):
                 hooks.enter_context(ExpertProducts(self._model, sites, products))
             self._forward(products)
         return {site.name: stats[owner[site.name]] for site in sites}
@@ -227,6 +227,16 @@ class BlockStream:
     def logits(self) -> Iterator[Tensor]:
         """The model's logits [windows, seq_len, vocabulary], a few windows at a time, after the last block."""
         return self._finish(stop_at_head=False)
+
+    @torch.no_grad()
+    def first_logits(self) -> Tensor:
+        """The model's logits [1, seq_len, vocabulary] of the first window, after the last block."""
+        self._check_order(len(self._blocks))
+        with self._loading_on_call():
+            hidden = self._return(self._batch(0, 1))
+            ids = self._ids[:1].to(self._device)
+            logits: Tensor = self._run_model(ids, lambda *args, **kwargs: hidden, stop_at_head=False)
+        return logits
 
     def _batches(self) -> Iterator[tuple[int, int]]:
         windows, seq_len = self._ids.shape
@@ -434,7 +444,7 @@ class _Weights(Mapping[str, Tensor]):
             if self._last[0] != parameter:
                 self._last = parameter, read_parameter(stream._model, parameter, stream._source).to(stream._device)
             stored = self._last[1] if site.expert is None else self._last[1][site.expert]
-            return (stored.T if site.role == "conv1d" else stored).clone(memory_format=torch.contiguous_format)
+            return (stored.T if site.transposed else stored).clone(memory_format=torch.contiguous_format)
         load_module(stream._model, name, stream._source, torch.float32, stream._device)
         try:
             return _matrix(stream._model, site).detach()
@@ -455,9 +465,10 @@ def _with(module: nn.Module, parameters: Mapping[str, Tensor], *args: Any, **kwa
 def _matrix(model: PreTrainedModel, site: Site) -> Tensor:
     """View [out, in] of a loaded weight, whichever way its module stores it."""
     if site.expert is not None:
-        return model.get_parameter(site.tensor).data[site.expert]
-    weight = model.get_parameter(f"{site.name}.weight").data
-    return weight.T if site.role == "conv1d" else weight
+        weight = model.get_parameter(site.tensor).data[site.expert]
+    else:
+        weight = model.get_parameter(f"{site.name}.weight").data
+    return weight.T if site.transposed else weight
 
 
 def _check_ids(model: PreTrainedModel, ids: Tensor) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..core import FUSED
 from ..evaluate import kind, level_error, mean_error, short_kinds
 from ..text import begins
 from .charts import Line
@@ -159,7 +160,7 @@ def experts(table: Sequence[dict[str, Any]]) -> list[tuple[int, list[Expert]]]:
     """(block, its experts) for every block that has some."""
     found: dict[int, dict[int, Expert]] = {}
     for row in table:
-        if row["role"] == "expert":
+        if row["role"] in FUSED:
             number = int(str(row["name"]).rsplit(".", 1)[-1])
             before = found.setdefault(row["block"], {}).get(number)
             fallback = bool(row.get("fallback")) or (before is not None and before.fallback)

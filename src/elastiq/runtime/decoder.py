@@ -209,7 +209,7 @@ class CompiledStep:
         # Detached, so that the memory stays where other storage is put under one of the tensors.
         self._kept = [tensor.detach() for tensor in self._tensors]
         self._kept += [array.detach() for matrix in self._matrices for array in matrix.read_arrays()]
-        self._tensors += [matrix.get_buffer("weight") for matrix in self._matrices]
+        self._tensors += [matrix._buffers["weight"] for matrix in self._matrices]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         self._first, self._turns = 0, (torch.empty(0), torch.empty(0))
         known = self._path != "torch" and len(self._modes) == 1 and not any(self._hooks) and is_plain(decoder)

@@ -12,17 +12,16 @@ from .stored import StoredMatrix
 class NestedEmbedding(NestedMatrix):
     """Stands where an embedding table [vocabulary, hidden] stood; decodes only the rows it is asked for.
 
-    embed_scale: factor that some families apply to every row (Gemma 3), None for none.
+    factor: what some families multiply every row by (Gemma 3, XGLM). It is a number and no buffer: transformers fills
+    buffers that no file holds with what it likes.
     """
 
-    embed_scale: Tensor | None
-
-    def __init__(self, stored: StoredMatrix, dtype: torch.dtype, embed_scale: Tensor | None = None) -> None:
+    def __init__(self, stored: StoredMatrix, dtype: torch.dtype, factor: float = 1.0) -> None:
         super().__init__(stored, dtype)
         self.num_embeddings, self.embedding_dim = stored.shape
-        self.register_buffer("embed_scale", embed_scale, persistent=False)
+        self.factor = factor
 
     def forward(self, ids: Tensor) -> Tensor:
         """[..., hidden] in `dtype` of token ids [...]."""
         rows = self.dense(ids.reshape(-1), self.dtype).view(*ids.shape, self.embedding_dim)
-        return rows if self.embed_scale is None else rows * self.embed_scale.to(self.dtype)
+        return rows if self.factor == 1.0 else rows * torch.tensor(self.factor, dtype=self.dtype)

@@ -8,14 +8,16 @@ from .nested import NestedMatrix
 
 
 class NestedExperts(NestedMatrix):
-    """Stands where a fused parameter [experts, out, in] stood; indexing decodes one expert.
+    """Stands where a fused parameter [experts, out, in] or [experts, in, out] stood; indexing decodes one expert.
 
-    The families' own eager forward says `linear(x, self.gate_up_proj[expert])`, so it works unchanged.
+    The families' own eager forward says `linear(x, self.gate_up_proj[expert])`, or `x @ self.gate_up_proj[expert]`, so
+    it works unchanged.
     """
 
     def __len__(self) -> int:
         return self.stored.shape[0]
 
     def __getitem__(self, expert: Tensor | int) -> Tensor:
-        """[out, in] of one expert, in `dtype`."""
-        return self.dense(int(expert), self.dtype)
+        """[out, in] or [in, out] of one expert, in `dtype`."""
+        values = self.dense(int(expert), self.dtype)
+        return values.T if self.stored.transposed else values

@@ -41,6 +41,11 @@ class TiedHead(nn.Module):
         self.out_features = embedding.stored.out_features
         self.register_parameter("bias", bias)
 
+    @property
+    def weight(self) -> Tensor:
+        """The table's, as `NestedMatrix.weight`."""
+        return self._embedding[0].weight
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., vocabulary] of x [..., hidden], in the dtype of x."""
         return self._embedding[0].product(x, self.bias)

@@ -114,6 +114,7 @@ class MixedExperts(MixedMatrix):
         return self.stored.shape[0]
 
     def __getitem__(self, expert: Tensor | int) -> Tensor:
-        """[out, in] of one expert, in `dtype`."""
+        """[out, in] or [in, out] of one expert, in `dtype`."""
         part, place = self._places[int(expert)]
-        return self._parts()[part].dense(place, self.dtype)
+        values = self._parts()[part].dense(place, self.dtype)
+        return values.T if self.stored.transposed else values

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..core import ElastiqError, Fold, RowPowers, SideTerm, Width, fold_out
 from ..kernels.matmul import TiledWeight, decode, matmul, tile_plane, tile_scale, untile_plane, untile_scale
+from .lazy import LazyWeight
 from .stored import StoredMatrix, plane_array, readable_widths
 
 _BITS = {2: torch.int16, 4: torch.int32}
@@ -43,6 +44,22 @@ class NestedMatrix(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self._like.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """What the module in whose place this stands calls its weight, in its layout, decoded when it is computed with.
+
+        The checkpoint's array of this name, the first plane, is found among the buffers alone.
+        """
+        if not self.bits:
+            raise AttributeError(f"{self.stored.name}: no width yet")
+        *_, rows, columns = self.stored.shape
+        shape = (columns, rows) if self.stored.transposed else (rows, columns)
+        return LazyWeight(self._own_layout, shape, self.dtype, self._like.device)
+
+    def _own_layout(self, dtype: torch.dtype) -> Tensor:
+        whole = self.dense(dtype=dtype)
+        return whole.mT if self.stored.transposed else whole
 
     @property
     def max_bits(self) -> int:
@@ -98,7 +115,7 @@ class NestedMatrix(nn.Module):
         for plane in range(1, self._planes + 1):
             tiled = self.stored.tiled_arrays(plane)
             for name, (dtype, _) in self.stored.arrays(plane).items():
-                array = self.get_buffer(name)
+                array = cast(Tensor, self._buffers[name])
                 if name not in tiled:
                     held[name] = array
                     continue
@@ -169,7 +186,7 @@ class NestedMatrix(nn.Module):
 
     def read_arrays(self) -> list[Tensor]:
         """The arrays that reading at `bits` touches."""
-        return [self.get_buffer(name) for name in self.stored.read_names(self._bits)]
+        return [cast(Tensor, self._buffers[name]) for name in self.stored.read_names(self._bits)]
 
     def tiled(self) -> TiledWeight:
         """The matrix at `bits` as products read it; its arrays are those held here."""

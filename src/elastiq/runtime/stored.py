@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from ..core import (
+    FUSED,
+    TRANSPOSED,
     ArraySpec,
     ElastiqError,
     Part,
@@ -21,8 +23,6 @@ from ..core import (
     library_errors,
     width_counts,
 )
-
-ROLES = ("linear", "conv1d", "expert", "embedding", "head")
 
 
 def plane_array(plane: int) -> str:
@@ -66,7 +66,7 @@ class StoredMatrix:
     """One nested matrix, or all expert matrices of one fused tensor.
 
     name: of the array in the checkpoint (`Site.tensor`).
-    shape: (out_features, in_features); with a leading number of experts for the role `expert`.
+    shape: (out_features, in_features); with a leading number of experts where it is fused.
     group_size: input channels per scale; the last group of a row may be shorter.
     levels: widths with scales of their own, ascending.
     symmetric: zero points are the middle of the range and not stored.
@@ -92,6 +92,16 @@ class StoredMatrix:
     @property
     def in_features(self) -> int:
         return self.shape[-1]
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is all experts of one tensor."""
+        return self.role in FUSED
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the model it stands in stores [in, out]."""
+        return self.role in TRANSPOSED
 
     @property
     def num_weights(self) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.func import functional_call
 
 from ..core import ElastiqError, Width
 from .embedding import NestedEmbedding
@@ -15,19 +18,22 @@ from .mixed import MixedExperts, MixedLinear, Part
 from .nested import NestedMatrix
 from .stored import StoredMatrix
 
+log = logging.getLogger("elastiq")
+
 _EMPTY = "nothing_left"
 """Name of the parameter of a model without parameters."""
 
 
 def swap(model: nn.Module, stored: StoredMatrix) -> None:
     """Replace the matrix that `stored` describes by an empty nested module; a head tied to an embedding follows it.
+    Buffers of an embedding (a factor) must be real.
 
     Raises ElastiqError if the model has no such matrix, or one of another shape.
     """
     parent_name, _, leaf = stored.name.rpartition(".")
     original = _original(model, stored)
     weight = cast(nn.Parameter, original if isinstance(original, nn.Parameter) else original.weight)
-    shape = tuple(weight.T.shape if stored.role == "conv1d" else weight.shape)
+    shape = tuple(weight.mT.shape if stored.transposed else weight.shape)
     if shape != stored.shape:
         raise ElastiqError(
             f"{stored.name}: the checkpoint holds {list(stored.shape)}, the model of config.json has {list(shape)}; "
@@ -36,7 +42,7 @@ def swap(model: nn.Module, stored: StoredMatrix) -> None:
     parent = model.get_submodule(parent_name)
     if stored.role == "embedding":
         _swap_embedding(model, parent, leaf, stored, weight)
-    elif stored.role == "expert":
+    elif stored.fused:
         delattr(parent, leaf)
         setattr(parent, leaf, NestedExperts(stored, weight.dtype))
     else:
@@ -57,7 +63,7 @@ def rearrange(model: nn.Module, name: str, width: Width) -> NestedMatrix:
     stored, dtype = old.stored, old.dtype
     new: NestedMatrix
     with old._like.device:
-        if stored.role == "expert":
+        if stored.fused:
             new = MixedExperts(stored, dtype, width) if isinstance(width, str) else NestedExperts(stored, dtype)
         elif isinstance(width, str):
             new = MixedLinear(stored, old.bias, dtype, width)
@@ -82,6 +88,28 @@ def _without_empty(model: nn.Module, state: dict[str, Any], *_: Any) -> None:
     state.pop(_EMPTY, None)
 
 
+@torch.no_grad()
+def embedding_factor(embedding: nn.Module, name: str) -> float:
+    """What an embedding multiplies its rows by, tried on a narrow random table. Raises ElastiqError if it does anything
+    else with them."""
+    with torch.device("cpu"):  # transformers loads models with meta as the default
+        table = torch.randn(len(embedding.get_parameter("weight")), 8, generator=torch.Generator("cpu").manual_seed(0))
+        table[0] = 1.0
+        ids = torch.arange(min(4, len(table)))[None]
+        wanted, factor = table[ids], math.nan
+        try:
+            rows = functional_call(embedding, {"weight": table}, (ids,))
+            if rows.shape == wanted.shape:
+                factor = float(rows[0, 0, 0])
+        except Exception as error:
+            log.debug("%s: cannot be called with a narrow table: %s", type(embedding).__name__, error)
+    if not math.isfinite(factor) or not torch.allclose(rows, factor * wanted, rtol=1e-4, atol=1e-6):
+        raise ElastiqError(
+            f"{name}: {type(embedding).__name__} is an embedding of its own kind; keep it in 16 bits"
+        )
+    return factor
+
+
 def bytes_in_memory(model: nn.Module) -> int:
     """Bytes of all parameters and buffers the model holds, embeddings and unread planes included, shared ones once."""
     arrays = [*model.parameters(), *model.buffers()]
@@ -99,7 +127,7 @@ def bits_per_weight(model: nn.Module) -> float:
 
 def _original(model: nn.Module, stored: StoredMatrix) -> nn.Parameter | nn.Module:
     try:
-        if stored.role == "expert":
+        if stored.fused:
             return model.get_parameter(stored.name)
         module = model.get_submodule(stored.name)
     except AttributeError:
@@ -113,14 +141,7 @@ def _original(model: nn.Module, stored: StoredMatrix) -> nn.Parameter | nn.Modul
 
 def _swap_embedding(model: nn.Module, parent: nn.Module, leaf: str, stored: StoredMatrix, weight: nn.Parameter) -> None:
     original = getattr(parent, leaf)
-    scale = getattr(original, "embed_scale", None)
-    if scale is None and type(original).forward is not nn.Embedding.forward:
-        raise ElastiqError(
-            f"{stored.name}: {type(original).__name__} is an embedding of its own kind; keep it in 16 bits"
-        )
-    if scale is not None and not isinstance(scale, Tensor):
-        scale = torch.tensor(float(scale))
-    nested = NestedEmbedding(stored, weight.dtype, scale)
+    nested = NestedEmbedding(stored, weight.dtype, embedding_factor(original, stored.name))
     heads = [(n, m) for n, m in model.named_modules() if m is not original and getattr(m, "weight", None) is weight]
     setattr(parent, leaf, nested)
     for name, head in heads:

@@ -110,7 +110,7 @@ class GGUF(Target, name="gguf"):
                 name, stored = ours[tensor.name], view.matrices.get(ours[tensor.name])
                 full = name if stored is None else f"{name}.weight"
                 values = family.restore(full, values, config)
-                state.append((full, values.T if stored is not None and stored.role == "conv1d" else values))
+                state.append((full, values.mT if stored is not None and stored.transposed else values))
         return dense_model(view, state)
 
     def found(self, path: Path) -> dict[str, str]:
