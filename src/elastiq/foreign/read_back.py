@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from ..core import ElastiqError
+from ..core import ElastiqError, library_errors
 
 
 def silently(source: Path, read: Callable[[], Any]) -> Any:
@@ -22,13 +22,9 @@ def silently(source: Path, read: Callable[[], Any]) -> Any:
     level = logging.get_verbosity()
     try:
         logging.set_verbosity_error()
-        with contextlib.redirect_stderr(io.StringIO()):
+        what = f"{source}: transformers cannot read it"
+        with library_errors(what, REMEDY), contextlib.redirect_stderr(io.StringIO()):
             return read()
-    except ElastiqError:
-        raise
-    except Exception as error:  # the reader raises what it likes
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ElastiqError(f"{source}: transformers cannot read it ({reason})") from error
     finally:
         logging.set_verbosity(level)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from ...core import ElastiqError
+from ...core import ElastiqError, library_errors
 
 Config = Mapping[str, Any]
 
@@ -87,11 +87,8 @@ def family_of(config: Config) -> Family:
 
 def complete(config: Config) -> Config:
     """config.json with what transformers takes where it is silent. Raises ElastiqError where it takes none of it."""
-    try:
+    with library_errors("gguf: transformers cannot read config.json", "export to hf"):
         full: dict[str, Any] = AutoConfig.for_model(**config).to_dict()
-    except Exception as error:  # it raises what it likes
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ElastiqError(f"gguf: transformers cannot read config.json ({reason}); export to hf") from error
     return full
 
 
