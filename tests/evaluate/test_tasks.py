@@ -173,6 +173,12 @@ def test_contexts_start_as_the_tokenizer_starts_a_text(
     assert "| bits | pairs acc, 6 items | pairs acc, 6 items, no BOS |" in card
     assert "| 2 | 0.250 | 0.500 |" in card and "| 3 | 1.000 |  |" in card
     assert all(f"| {row_name(row)} |" in card for row in result["levels"])
+    both = tmp_path / "both"
+    make_tokenizer("<s> $A </s>").save_pretrained(source)
+    write_random(build_model("llama"), source, both)
+    with pytest.raises(ElastiqError, match=r"also puts tokens behind a text, .* between a context and its answer; use"):
+        evaluate_tasks(both, [2], [str(pairs)], save=False)
+    evaluate_tasks(both, [2], [str(pairs)], bos=False, save=False)
 
 
 def test_a_token_beyond_the_embedding_is_named(checkpoint: Path, pairs: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from elastiq.core import ElastiqError
-from elastiq.text import Windows, beginning, begins, check_ids, tokenize
+from elastiq.text import Windows, beginning, begins, check_ids, ending, tokenize
 from elastiq.text.calibration import calibration_ids, tuning_ids
 from elastiq.text.evaluation import windows
 
@@ -18,6 +18,7 @@ TEXT = "the quick brown fox jumps over lazy dogs. " * 20
 @pytest.mark.parametrize(("template", "expected"), TEMPLATES.items())
 def test_the_post_processor_says_how_a_text_begins(template: str | None, expected: tuple[int, ...]) -> None:
     assert beginning(tiny.make_tokenizer(template)) == expected
+    assert ending(tiny.make_tokenizer(template)) == ((257,) if (template or "").endswith("</s>") else ())
 
 
 def test_special_tokens_that_do_not_stand_around_a_text_are_refused() -> None:

@@ -19,7 +19,7 @@ from ..checkpoint.names import TASKS
 from ..checkpoint.sizes import map_sizes
 from ..core import ElastiqError, LevelMap, library_errors
 from ..inference.loading import load, set_bits
-from ..text import beginning, check_ids, read_records
+from ..text import beginning, check_ids, ending, read_records
 from ..text.evaluation import checkpoint_tokenizer
 from .card import write_card
 from .evaluation import Reading, load_full, readings
@@ -84,6 +84,11 @@ def evaluate_tasks(
     kept: dict[str, Any] = {} if restart else read_tasks(path)
     tokenizer, model = checkpoint_tokenizer(path), None
     start = beginning(tokenizer) if bos else ()
+    if start and ending(tokenizer):
+        raise ElastiqError(
+            "tasks: the tokenizer also puts tokens behind a text, which lm-evaluation-harness would leave between a "
+            "context and its answer; use --no-bos"
+        )
     without: dict[str, Any] = {} if bos else {"bos": False}
     jobs: list[tuple[Reading | None, dict[str, Any], str]] = [
         (target, spec, _key(spec, precision, dict(target.widths), *without)) for target in targets for spec in specs

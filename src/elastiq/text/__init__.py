@@ -3,7 +3,7 @@
 from .calibration import Calibration, calibration_ids, file_names, tuning_ids
 from .evaluation import checkpoint_tokenizer, windows
 from .files import read_records, read_text, require_characters
-from .tokens import Windows, beginning, begins, check_ids, tokenize
+from .tokens import Windows, beginning, begins, check_ids, ending, tokenize
 
 __all__ = [
     "Calibration",
@@ -13,6 +13,7 @@ __all__ = [
     "calibration_ids",
     "check_ids",
     "checkpoint_tokenizer",
+    "ending",
     "file_names",
     "read_records",
     "read_text",

@@ -45,12 +45,21 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     Models that are trained with them fall apart without. Raises ElastiqError for a tokenizer whose special tokens do
     not stand around the text.
     """
+    return _around(tokenizer)[0]
+
+
+def ending(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that it puts behind every text, which no window has: the text goes on."""
+    return _around(tokenizer)[1]
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
     plain, whole = (_encode(_PROBE, tokenizer, special) for special in (False, True))
     if whole == plain:
-        return ()
+        return (), ()
     for count in range(len(whole) - len(plain) + 1 if plain else 0):
         if whole[count : count + len(plain)] == plain:
-            return tuple(whole[:count])
+            return tuple(whole[:count]), tuple(whole[count + len(plain) :])
     raise ElastiqError(
         "tokenizer: its special tokens do not stand around a text, so that how a text begins is not known; "
         "cut windows without them (--no-bos)"
