@@ -18,6 +18,7 @@ from ..checkpoint.sizes import full_bytes, map_mean_bits, map_sizes
 from ..core import ElastiqError, LevelMap, Width, library_errors, plain_count, widest
 from ..inference.loading import load, map_widths, plain_widths, set_bits
 from ..models import ModelSource, build_skeleton, give_back_memory, load_module, load_tokenizer
+from ..runtime import token_way
 from ..text.evaluation import read_text, windows
 from .card import write_card
 from .record import keep
@@ -53,7 +54,8 @@ def evaluate(
     without it the KL fields are None. dtype: of the arithmetic, for both. save: merge the result into
     `evaluation.json` beside the checkpoint. progress(what, done, total).
 
-    Returns {"full": {"perplexity"}, "levels": [{"bits", "bits_per_weight", "perplexity", "kl_mean", ...}], "protocol"}.
+    Returns {"full": {"perplexity"}, "levels": [{"bits", "bits_per_weight", "perplexity", "kl_mean", ...}], "tokens",
+    "protocol"}; tokens says which way single tokens take (`runtime.token_way`).
     Raises ElastiqError for a width the checkpoint cannot give, a text shorter than a window, models that do not match.
     """
     reader = CheckpointReader(path)
@@ -69,6 +71,7 @@ def evaluate(
     result = {
         "checkpoint": Path(path).resolve().name,
         "against": None if against is None else Path(against).name,
+        "tokens": token_way(model),
         "protocol": _protocol(content, Path(text).name, ids, dtype),
         "full": {
             "perplexity": full_scores.perplexity if full is not None else None,
