@@ -1,4 +1,5 @@
-# make demo, make test, make test-sanitized, make test-oldest, make families, make lint: each first sets up what it needs in .venv, and only what changed.
+# make demo, make test, make test-sanitized, make test-oldest, make test-newest, make families, make lint: each first sets up
+# what it needs in .venv, and only what changed. make constraints raises the versions that all but test-newest install.
 #
 # TORCH is given to pip as it stands, so a machine without a GPU can name an index of CPU builds:
 #   make test TORCH="torch -i ADDRESS_OF_THE_INDEX"
@@ -14,12 +15,18 @@ export OMP_WAIT_POLICY ?= passive
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# Also for what builds the package: pip before 25.3 reads the first of these there, later ones the second.
+CONSTRAINED := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints.txt"
 SANITIZED := $(VENV)/sanitized
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
+# What meets transformers, safetensors, gguf, peft and the hub.
+MEETING := tests/integrations tests/inference tests/runtime tests/models tests/pipeline/test_run.py \
+	tests/foreign/test_exporting.py tests/foreign/test_importing.py tests/evaluate
 OLDEST_TRANSFORMERS := $(shell sed -n 's/.*"transformers>=\(.*\)".*/\1/p' pyproject.toml)
-SOURCES := $(shell find src native -type f ! -name '*.so' ! -name '*.pyc') pyproject.toml README.md LICENSE
+SOURCES := $(shell find src native -type f ! -name '*.so' ! -name '*.pyc') pyproject.toml constraints.txt README.md LICENSE
 
-.PHONY: demo test test-sanitized test-oldest families lint clean
+.PHONY: demo test test-sanitized test-oldest test-newest constraints families newest lint clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)")
@@ -38,8 +45,15 @@ test-sanitized: $(SANITIZED)/installed
 
 # What meets transformers, with the oldest one that pyproject.toml allows.
 test-oldest: $(OLDEST)/installed
-	@OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest tests/integrations tests/inference tests/runtime tests/models \
-		tests/pipeline/test_run.py tests/foreign/test_exporting.py tests/foreign/test_importing.py tests/evaluate
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest $(MEETING)
+
+# The same, the hub and checkpoints with the newest of everything but torch, which stays the one that TORCH names.
+test-newest: newest
+	@OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest $(MEETING) tests/foreign tests/checkpoint
+
+# With the oldest Python that pyproject.toml allows, so that the versions exist for all: make constraints PYTHON=python3.11
+constraints: newest
+	@$(NEWEST)/bin/python scripts/constraints.py $(NEWEST)/bin/python
 
 # docs/families.md: every causal language model that transformers knows, tiny and random, through the whole way.
 families: $(VENV)/installed
@@ -50,10 +64,10 @@ lint: $(VENV)/installed
 	@$(BIN)/mypy --no-error-summary
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests scripts examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/torch $(OLDEST)/torch:
+$(VENV)/torch $(OLDEST)/torch $(NEWEST)/torch:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv here; install one, or name it: make PYTHON=..."; exit 1; }
 	@echo "Setting up $(@D): $(TORCH)"
 	@$(PYTHON) -m venv $(@D)
@@ -62,13 +76,13 @@ $(VENV)/torch $(OLDEST)/torch:
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	@echo "Setting up $(VENV): elastiq"
-	@$(PIP) install '.[all,dev]'
+	@$(CONSTRAINED) $(PIP) install '.[all,dev]'
 	@touch $@
 
 # A failing build would leave a package without compiled code.
 $(SANITIZED)/installed: $(VENV)/installed
 	@echo "Setting up $(SANITIZED): elastiq"
-	@$(PIP) install . --no-deps --upgrade --target $(SANITIZED) \
+	@$(CONSTRAINED) $(PIP) install . --no-deps --upgrade --target $(SANITIZED) \
 		--config-settings build-dir=build/sanitized --config-settings cmake.build-type=Sanitize \
 		--config-settings "cmake.define.CMAKE_CXX_FLAGS_SANITIZE=-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 	@ls $(SANITIZED)/elastiq/linalg/_native*.so >/dev/null
@@ -76,5 +90,14 @@ $(SANITIZED)/installed: $(VENV)/installed
 
 $(OLDEST)/installed: $(OLDEST)/torch $(SOURCES)
 	@echo "Setting up $(OLDEST): elastiq, transformers $(OLDEST_TRANSFORMERS)"
-	@$(OLDEST)/bin/python -m pip --disable-pip-version-check -qq install '.[all,dev]' transformers==$(OLDEST_TRANSFORMERS)
+	@grep -Ev '^(transformers|tokenizers|huggingface-hub)==' constraints.txt >$(OLDEST)/constraints.txt
+	@$(subst /constraints.txt,/$(OLDEST)/constraints.txt,$(CONSTRAINED)) $(OLDEST)/bin/python -m pip \
+		--disable-pip-version-check -qq install '.[all,dev]' transformers==$(OLDEST_TRANSFORMERS)
 	@touch $@
+
+# Each time, because others release when they like.
+newest: $(NEWEST)/torch
+	@echo "Setting up $(NEWEST): elastiq, the newest of everything"
+	@$(NEWEST)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >$(NEWEST)/torch
+	@PIP_CONSTRAINT=$(NEWEST)/torch $(NEWEST)/bin/python -m pip --disable-pip-version-check -qq install \
+		--upgrade --upgrade-strategy eager '.[all,dev]'

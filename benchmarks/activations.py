@@ -15,7 +15,7 @@ import elastiq
 from elastiq.evaluate import write_json
 from elastiq.kernels.matmul.cpu import DIGITS
 from elastiq.models import load_tokenizer
-from elastiq.runtime import nested_matrices
+from elastiq.runtime import nested_matrices, with_cache
 
 TOKENS = 8
 """Given at a time: few enough to be multiplied on the planes in every mode."""
@@ -56,5 +56,5 @@ def log_probabilities(model: Any, window: Tensor, mode: str) -> Tensor:
     for matrix in nested_matrices(model).values():
         matrix.activations = mode
     cache = DynamicCache(config=model.config)
-    parts = [model(part[None], past_key_values=cache).logits[0] for part in window.split(TOKENS)]
+    parts = [model(part[None], **with_cache(model, cache)).logits[0] for part in window.split(TOKENS)]
     return torch.log_softmax(torch.cat(parts).double(), dim=-1)

@@ -30,7 +30,7 @@ from elastiq.checkpoint import CheckpointReader
 from elastiq.checkpoint.names import BASE, plane_file
 from elastiq.evaluate import write_json
 from elastiq.linalg import native
-from elastiq.runtime import NestedEmbedding, bits_per_weight, bytes_in_memory, nested_matrices
+from elastiq.runtime import NestedEmbedding, bits_per_weight, bytes_in_memory, nested_matrices, token_way, with_cache
 
 TOLERANCE = 2e-3
 """Relative difference of logits from the torch twin's, above which nothing is reported."""
@@ -131,6 +131,7 @@ def print_row(row: dict[str, Any]) -> None:
         f"prefill {row['prefill']:.0f} tokens/s, peak {row['peak_memory'] / 1e6:.0f} MB"
         + (f", resident {row['resident'] / 1e6:.0f} MB over imports" if "resident" in row else "")
         + (f" ({row['resident'] / row['held']:.2f} of what is held)" if "held" in row else "")
+        + (f", tokens by {row['way']}" if "way" in row else "")
         + (f", loaded in {row['load']:.2f} s ({row['read']:.2f} for a plain read)" if "load" in row else ""),
         flush=True,
     )
@@ -152,9 +153,12 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     else:
         model = elastiq.load(job["path"], bits=widths(job), verify=False)
         result = {"load": time.perf_counter() - begin, "read": read}
+        result["way"] = token_way(model)
         result |= {"bytes_per_token": bytes_per_token(model), "bits_per_weight": bits_per_weight(model)}
     ids = torch.randint(0, model.config.vocab_size, (1, job["prompt"]), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
+        # Once before: at every doubling of the position the compiled token is compared with the modules, one time.
+        seconds_of_decoding(model, ids[0, : job["tokens"] + 2], DynamicCache(config=model.config))
         cache = DynamicCache(config=model.config)
         result["decode"] = job["tokens"] / seconds_of_decoding(model, ids[0, : job["tokens"] + 2], cache)
         result["resident"] = process.memory_info().rss - baseline
@@ -193,22 +197,22 @@ def seconds_of_decoding(model: Any, ids: torch.Tensor, cache: DynamicCache) -> f
     for index, token in enumerate(ids):
         if index == 2:
             begin = time.perf_counter()
-        int(model(token.view(1, 1), past_key_values=cache).logits[0, -1].argmax())
+        int(model(token.view(1, 1), **with_cache(model, cache)).logits[0, -1].argmax())
     return time.perf_counter() - begin
 
 
 def seconds_of_prefill(model: Any, ids: torch.Tensor) -> float:
     """All of `ids` [1, tokens] in one pass, after one over a few of them."""
-    model(ids[:, : ids.shape[1] // 8], past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+    model(ids[:, : ids.shape[1] // 8], **with_cache(model, DynamicCache(config=model.config)), logits_to_keep=1)
     begin = time.perf_counter()
-    model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+    model(ids, **with_cache(model, DynamicCache(config=model.config)), logits_to_keep=1)
     return time.perf_counter() - begin
 
 
 def check_logits(model: Any, ids: torch.Tensor) -> float:
     """Relative difference between the logits of `ids` token by token and those of the torch twin in one pass."""
     cache = DynamicCache(config=model.config)
-    found = torch.cat([model(token.view(1, 1), past_key_values=cache).logits[0] for token in ids[0]])
+    found = torch.cat([model(token.view(1, 1), **with_cache(model, cache)).logits[0] for token in ids[0]])
     native.use("torch")
     expected = model(ids).logits[0]
     error = float((found - expected).norm() / expected.norm())

@@ -257,9 +257,9 @@ def page(lines: Mapping[str, str]) -> str:
 Which causal language models of transformers {transformers.__version__} can be quantized: {right} of
 {len(lines)} families are right, {refused} are refused with the reason below, and of {untried} no tiny model could be
 made. Nothing here is a list that elastiq reads: it looks at a model's structure. The page is made by a test of each on
-a tiny random model: quantized by plain rounding to 8 bits, loaded with `elastiq.load` and with `from_pretrained`, logits
-within {BOUND:.0%} of the original's, and {NEW_TOKENS} generated tokens that follow the model's own logits (where those of the original do); once
-more with `--embeddings`, where the input embedding and the head are quantized too.
+a tiny random model: quantized by plain rounding to 8 bits, loaded with `elastiq.load` and with `from_pretrained`,
+logits within {BOUND:.0%} of the original's, and {NEW_TOKENS} generated tokens that follow the model's own logits (where
+those of the original do); once more with `--embeddings`, where the input embedding and the head are quantized too.
 
 | model type | class | blocks | with embeddings |
 |---|---|---|---|

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import FAMILIES, build_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import elastiq
 from elastiq import ElastiqError
@@ -26,6 +27,36 @@ def test_greedy_tokens_are_those_of_transformers(family: str) -> None:
     expected = model.generate(PROMPT, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     found = list(elastiq.generate(model, PROMPT, max_new_tokens=12, stop=()))
     assert found == expected[0, PROMPT.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("family", ["mamba", "rwkv", "openai-gpt"])
+def test_a_model_that_keeps_its_past_elsewhere_answers_by_its_own_loop(family: str) -> None:
+    sizes: dict[str, Any] = {
+        "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+        "rwkv": {"hidden_size": 64, "num_hidden_layers": 2, "attention_hidden_size": 64, "intermediate_size": 96},
+        "openai-gpt": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    }
+    config = AutoConfig.for_model(family, vocab_size=260, bos_token_id=None, eos_token_id=None, **sizes[family])
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    given = PROMPT
+    for _ in range(6):  # the naive twin: the whole text again for every token
+        with torch.no_grad():
+            given = torch.cat([given, model(input_ids=given).logits[:, -1:].argmax(-1)], 1)
+    expected = given[0, PROMPT.shape[1] :].tolist()
+    assert list(elastiq.generate(model, PROMPT, max_new_tokens=6, stop=())) == expected
+    end = expected[3]
+    assert list(elastiq.generate(model, PROMPT, max_new_tokens=6, stop=(end,))) == expected[: expected.index(end) + 1]
+    sampled = [list(elastiq.generate(model, PROMPT, max_new_tokens=6, temperature=9.0, seed=3, stop=())) for _ in "ab"]
+    assert sampled[0] == sampled[1] != expected
+
+
+def test_a_prompt_of_one_token(llama: Any) -> None:
+    expected = llama.generate(PROMPT[:, :1], max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert list(elastiq.generate(llama, PROMPT[:, :1], max_new_tokens=6, stop=())) == expected[0, 1:].tolist()
 
 
 def test_it_ends_with_a_stop_token_or_a_full_context(llama: Any) -> None:

@@ -14,11 +14,11 @@ import pytest
 import torch
 from random_checkpoint import write_random
 from tiny import build_model, make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipeline
 
 import elastiq
 from elastiq import ElastiqConfig, ElastiqError, set_bits
-from elastiq.runtime import NestedEmbedding, TiedHead, nested_matrices
+from elastiq.runtime import NestedEmbedding, TiedHead, nested_matrices, with_cache
 
 IDS = torch.arange(40).reshape(2, 20) * 3
 
@@ -200,8 +200,9 @@ def test_compiled_forward(checkpoint: Callable[..., Path]) -> None:
     answers = []
     for forward in (compiled, model):
         with torch.inference_mode():
-            past = forward(input_ids=IDS, use_cache=True).past_key_values
-            answers.append(forward(input_ids=IDS[:, :1], past_key_values=past).logits)
+            past = with_cache(model, DynamicCache(config=model.config))
+            forward(input_ids=IDS, **past)
+            answers.append(forward(input_ids=IDS[:, :1], **past).logits)
     assert torch.allclose(*answers, atol=1e-5)
 
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from random_checkpoint import write_random
-from tiny import make_model
+from tiny import make_model, make_tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
 
 import elastiq
 from elastiq.core import ElastiqError, Fold, Site
 from elastiq.linalg import native
 from elastiq.parts import Diagonal, Hadamard
+from elastiq.runtime import cache_argument, decoder, expected_way, plain, token_way, with_cache
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89]])
 TOKENS = [79, 32, 38, 46, 26, 43]
@@ -59,8 +63,8 @@ def default_path() -> Iterator[None]:
 def logits(model: Any, tokens: list[int] = TOKENS, cache: Any = None, **arguments: Any) -> Tensor:
     """[tokens, vocabulary] of `tokens` given one by one after the prompt."""
     cache = DynamicCache(config=model.config) if cache is None else cache
-    model(PROMPT, past_key_values=cache)
-    rows = [model(torch.tensor([[token]]), past_key_values=cache, **arguments).logits[0, -1] for token in tokens]
+    model(PROMPT, **with_cache(model, cache))
+    rows = [model(torch.tensor([[token]]), **with_cache(model, cache), **arguments).logits[0, -1] for token in tokens]
     return torch.stack(rows)
 
 
@@ -164,7 +168,7 @@ def test_a_long_past_and_threads(llama: Any) -> None:
     for layer in range(2):
         cache.update(*states, layer)
     threads = torch.get_num_threads()
-    logits(llama)  # the first token of all is the modules', which it is compared with
+    logits(llama, TOKENS, copy.deepcopy(cache))  # the first token here is the modules', which it is compared with
     found = []
     try:
         for number in (1, 2, 3):
@@ -199,6 +203,167 @@ def test_a_decoder_that_computes_something_else_is_found_out(llama: Any, monkeyp
     found = logits(llama)
     assert step(llama).equal is False
     assert close(found, reference(llama))
+
+
+def ministral(root: Path, **rope: Any) -> Any:
+    """A tiny Ministral 3, whose queries grow by position with `llama_4_scaling_beta`, from position 32 on."""
+    parameters = {"rope_type": "default", "rope_theta": 10000.0, "original_max_position_embeddings": 32, **rope}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 260, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": None}
+    config = AutoConfig.for_model("ministral3", **sizes, **heads, rope_parameters=parameters, sliding_window=None)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.save_pretrained(root / "model")
+    make_tokenizer().save_pretrained(root / "model")
+    write_random(model, root / "model", root / "nested")
+    return elastiq.load(root / "nested", bits=8)
+
+
+LONG = torch.arange(70) * 37 % 256
+
+
+def test_what_scales_by_position_is_refused_by_its_configuration(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder._say_once.cache_clear()
+    caplog.set_level("INFO", "elastiq")
+    for _ in range(2):
+        model = ministral(tmp_path / str(_), llama_4_scaling_beta=0.5)
+        assert not hasattr(model.model, "compiled_step")
+    sentence = (
+        "Ministral3Model: single tokens take its modules, not compiled code: its configuration has "
+        "rope_parameters.llama_4_scaling_beta=0.5, which may scale by position or magnitude"
+    )
+    assert [record.message for record in caplog.records].count(sentence) == 1
+    assert token_way(model) == "modules: " + sentence.split("code: ")[1]
+    plain = ministral(tmp_path / "plain", llama_4_scaling_beta=0)
+    assert token_way(plain) == "compiled code"
+
+
+def test_both_ways_are_compared_at_every_doubling_of_the_position(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(plain, "_scaled", lambda config: None)
+    model = ministral(tmp_path, llama_4_scaling_beta=0.5)
+    expected = reference(model, LONG.tolist())
+    found = logits(model, LONG[:24].tolist())  # up to position 30
+    assert step(model).equal and step(model)._compared == {3, 4, 5}
+    assert close(logits(model, LONG.tolist()), expected)
+    assert step(model).equal is False
+    (warning,) = [record.message for record in caplog.records if record.name == "elastiq"]
+    assert re.search(r"Ministral3Model: .* at position 32 the two differ by 0\.\d+ of the values", warning)
+    assert close(found, expected[:24])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("attn_temperature_tuning", True), ("floor_scale", 8192), ("attn_scale", 0.1), ("clip_qkv", 6.0),
+        ("attn_logit_softcapping", 50.0), ("logits_scaling", 8.0), ("attention_multiplier", 0.5), ("swiglu_limit", 7.0),
+        ("log_scaling_alpha", 0.1), ("attention_chunk_size", 64), ("no_rope_layers", [1, 0]), ("sink_tokens", 4),
+    ],
+)  # fmt: skip
+def test_settings_that_may_scale_are_named(llama: Any, setting: str, value: object) -> None:
+    assert plain.objection(llama.model) is None
+    setattr(llama.model.config, setting, value)
+    reason = f"its configuration has {setting}={value!r}, which may scale by position or magnitude"
+    assert plain.objection(llama.model) == reason
+    setattr(llama.model.config, setting, None)
+    assert plain.objection(llama.model) is None
+
+
+def test_a_forward_with_other_names_is_said_aloud(
+    checkpoints: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from_before = type(elastiq.load(checkpoints("llama")).model)
+    forward = from_before.forward
+
+    def renamed(self: Any, input_ids: Any = None, attention_mask: Any = None, **rest: Any) -> Any:
+        return forward(self, input_ids=input_ids, attention_mask=attention_mask, **rest)
+
+    decoder._say_once.cache_clear()
+    monkeypatch.setattr(from_before, "forward", renamed)
+    model = elastiq.load(checkpoints("llama"))
+    (sentence,) = [record.message for record in caplog.records]
+    assert "LlamaModel: single tokens take its modules, not compiled code: its forward has no argument" in sentence
+    assert "inputs_embeds and no position_ids" in sentence
+    assert token_way(model).startswith("modules: its forward has no argument")
+
+
+def test_the_cache_is_found_by_annotation_then_by_name() -> None:
+    def now(self: Any, input_ids: Any, use_cache: bool, cache: Cache | None = None) -> None: ...
+    def before(self: Any, past_key_values: Any = None, use_cache: bool = True) -> None: ...
+    def some_day(self: Any, states: Cache | None = None) -> None: ...
+    def never(self: Any, input_ids: Any = None, use_cache: bool = False) -> None: ...
+
+    assert [cache_argument(one) for one in (now, before, some_day, never)] == [
+        "cache", "past_key_values", "states", None
+    ]  # fmt: skip
+
+
+def test_no_warning_of_a_library_is_seen(llama: Any) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert len(list(elastiq.generate(llama, PROMPT, max_new_tokens=4, stop=()))) == 4
+        llama.generate(PROMPT, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert not [str(warning.message) for warning in seen]
+    assert step(llama).equal
+
+
+def test_positional_arguments_and_an_answer_as_the_modules_give_it(llama: Any) -> None:
+    cache = DynamicCache(config=llama.config)
+    with torch.no_grad():
+        logits(llama, cache=cache)
+        token = torch.tensor([[5]])
+        fast = llama.model(token, **with_cache(llama.model, cache))
+        assert step(llama).equal
+        cache.crop(-1)
+        native.use("torch")
+        slow = llama.model(token, **with_cache(llama.model, cache))
+    assert type(fast) is type(slow) and list(fast.keys()) == list(slow.keys())
+    assert close(fast.last_hidden_state, slow.last_hidden_state)
+    assert all(value is cache for name, value in fast.items() if name != "last_hidden_state")
+
+
+def test_the_way_of_tokens_is_told(llama: Any, checkpoints: Any) -> None:
+    assert token_way(llama) == expected_way(llama) == "compiled code"
+    assert token_way(elastiq.load(checkpoints("gpt2", False))) == "modules: it has no decoder of the kind of Llama"
+    assert token_way(elastiq.load(checkpoints("mistral", False))) == (
+        "modules: its attention has a window (sliding_window=8)"
+    )
+    native.use("torch")
+    assert token_way(llama) == "modules: the path in use is plain torch"
+
+
+def test_a_cache_of_inference_mode_goes_on_outside_of_it(llama: Any) -> None:
+    expected = reference(llama)
+    for path in (None, "torch"):
+        native.use(path)
+        cache = DynamicCache(config=llama.config)
+        with torch.inference_mode():
+            llama(PROMPT, **with_cache(llama, cache))
+            rows = [llama(torch.tensor([[token]]), **with_cache(llama, cache)).logits[0, -1] for token in TOKENS[:2]]
+        rows += [llama(torch.tensor([[token]]), **with_cache(llama, cache)).logits[0, -1] for token in TOKENS[2:]]
+        assert close(torch.stack(rows), expected)
+
+
+def test_two_threads_read_the_rotary_table_at_their_own_positions(llama: Any) -> None:
+    logits(llama)
+    compiled = step(llama)
+    tables = {}
+    for position in (5, 2000):
+        cosine, sine = llama.model.rotary_emb(torch.empty(1), torch.tensor([[position]]))
+        tables[position] = cosine[0, 0], sine[0, 0]
+
+    def read(position: int) -> bool:
+        found = [compiled._turn(torch.empty(1), position) for _ in range(200)]
+        return all(torch.equal(a, b) for pair in found for a, b in zip(pair, tables[position], strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, [5, 2000] * 4))
 
 
 def test_a_changed_model_is_compiled_anew(llama: Any) -> None:
@@ -247,23 +412,23 @@ def test_arguments_beyond_a_token_are_answered(llama: Any) -> None:
     expected = logits(llama)
     cache = DynamicCache(config=llama.config)
     with torch.no_grad():
-        llama(PROMPT, past_key_values=cache)
+        llama(PROMPT, **with_cache(llama, cache))
         token = torch.tensor([TOKENS[:1]])
         mask = torch.ones(1, 8, dtype=torch.long)
-        hidden = llama(token, past_key_values=cache, attention_mask=mask, output_hidden_states=True)
+        hidden = llama(token, **with_cache(llama, cache), attention_mask=mask, output_hidden_states=True)
         assert len(hidden.hidden_states) == 3
         cache.crop(-1)
-        assert isinstance(llama(token, past_key_values=cache, return_dict=False), tuple)
+        assert isinstance(llama(token, **with_cache(llama, cache), return_dict=False), tuple)
         cache.crop(-1)
         embedded = llama.model.embed_tokens(token)
-        assert close(llama(inputs_embeds=embedded, past_key_values=cache).logits[0], expected[:1])
+        assert close(llama(inputs_embeds=embedded, **with_cache(llama, cache)).logits[0], expected[:1])
         cache.crop(-1)
         mask[0, :3] = 0
         native.use("torch")
-        masked = llama(token, past_key_values=cache, attention_mask=mask).logits
+        masked = llama(token, **with_cache(llama, cache), attention_mask=mask).logits
         native.use(None)
         cache.crop(-1)
-        assert close(llama(token, past_key_values=cache, attention_mask=mask).logits, masked)
+        assert close(llama(token, **with_cache(llama, cache), attention_mask=mask).logits, masked)
         assert not close(masked[0], expected[:1])
 
 
@@ -273,7 +438,7 @@ def test_what_is_not_finite_stays_so(llama: Any) -> None:
     embedded = llama.model.embed_tokens(torch.tensor([[5]])).clone()
     embedded[0, 0, 3] = float("nan")
     with torch.no_grad():
-        assert llama(inputs_embeds=embedded, past_key_values=cache).logits.isnan().all()
+        assert llama(inputs_embeds=embedded, **with_cache(llama, cache)).logits.isnan().all()
 
 
 def test_generate_of_transformers_goes_through_it(llama: Any) -> None:

@@ -64,6 +64,39 @@ def test_a_length_to_keep_is_what_dynamic_layer_makes_of_it() -> None:
     assert found[0][0] == found[1][0] and all(map(same, found[0][1:], found[1][1:]))
 
 
+def test_what_was_handed_out_before_a_crop_stays_as_it_was() -> None:
+    states, later = torch.randn(2, 1, 2, 10, 4), torch.randn(2, 1, 2, 5, 4)
+    for layer in (DynamicLayer(), GrowingLayer()):
+        returned = layer.update(*states)
+        handed = layer.keys, layer.values
+        layer.crop(-4)
+        layer.update(*later)
+        for views in (returned, handed):
+            assert all(map(torch.equal, views, states))  # type: ignore[arg-type]
+        assert torch.equal(layer.keys, torch.cat([states[0][:, :, :6], later[0]], 2))
+        assert torch.equal(layer.values, torch.cat([states[1][:, :, :6], later[1]], 2))
+
+
+def test_states_of_inference_mode_go_on_outside_of_it() -> None:
+    states = torch.randn(2, 1, 2, 10, 4)
+    for layer in (DynamicLayer(), GrowingLayer()):
+        with torch.inference_mode():
+            layer.update(*states)
+        found = layer.update(*states)
+        assert all(torch.equal(ours, torch.cat([part, part], 2)) for ours, part in zip(found, states, strict=True))
+
+
+def test_gradients_reach_what_was_appended() -> None:
+    states = torch.randn(2, 1, 2, 3, 4, requires_grad=True)
+    gradients = []
+    for layer in (DynamicLayer(), GrowingLayer()):
+        layer.update(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4))
+        layer.update(*states)
+        keys, values = layer.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))
+        gradients.append(torch.autograd.grad((keys.square() * values).sum(), states)[0])
+    assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
+
+
 def test_appending_moves_nothing_until_the_room_is_used_up() -> None:
     layer = GrowingLayer()
     layer.update(torch.randn(1, 2, 7, 4), torch.randn(1, 2, 7, 4))

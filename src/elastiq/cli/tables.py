@@ -184,6 +184,7 @@ def show_inspection(result: dict[str, Any]) -> None:
     columns = ["matrix", "shape", "count", "16 bits", "max |w|", "kurtosis", "beyond 6 rms"]
     _table(columns, rows, "to be quantized (largest over the blocks)")
     _show_skipped(result["skipped"])
+    out.print(printable(f"single tokens: {result['tokens']}"))
     if result["activations"] is not None:
         _show_activations(result)
 
@@ -234,6 +235,7 @@ def show_checkpoint(result: dict[str, Any]) -> None:
         errors = [_number(mean_error(members, level), ".2g") for level in result["levels"]]
         rows.append([name, " x ".join(map(str, shape)), str(len(members)), *errors])
     _table(["matrix", "shape", "count", *(f"{b} bits" for b in result["levels"])], rows, "mean error")
+    out.print(printable(f"single tokens: {result['tokens']}"))
 
 
 def _by_kind(rows: Iterable[dict[str, Any]]) -> Kinds:
@@ -356,3 +358,4 @@ def show_evaluation(result: dict[str, Any]) -> None:
         rows.append(["16", "16.00", megabytes(result["full"]["bytes_in_memory"]), "", *full])
     _table(columns, rows)
     out.print(printable(f"{result['protocol']['words']}; {result['protocol']['predicted_tokens']} predicted tokens"))
+    out.print(printable(f"single tokens: {result['tokens']}"))

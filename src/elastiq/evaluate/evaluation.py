@@ -19,6 +19,7 @@ from ..checkpoint.sizes import full_bytes, map_mean_bits, map_sizes
 from ..core import ElastiqError, LevelMap, Width, library_errors, plain_count, widest
 from ..inference.loading import load, map_widths, plain_widths, set_bits
 from ..models import ModelSource, build_skeleton, give_back_memory, load_module
+from ..runtime import token_way
 from ..text import Windows, begins, check_ids, read_text
 from ..text.evaluation import checkpoint_tokenizer, windows
 from .card import write_card
@@ -57,9 +58,10 @@ def evaluate(
     16-bit model (directory, or hub name with `revision`); without it the KL fields are None. dtype: of the arithmetic,
     for both. save: merge the result into `evaluation.json` beside the checkpoint. progress(what, done, total).
 
-    Returns {"full": {"perplexity"}, "levels": [{"bits", "bits_per_weight", "perplexity", "kl_mean", ...}], "protocol"};
-    a level that is a map has its mean width as "bits", and "map", which stands for its widths. Raises ElastiqError for
-    a width the checkpoint cannot give, a text shorter than a window, models that do not match.
+    Returns {"full": {"perplexity"}, "levels": [{"bits", "bits_per_weight", "perplexity", "kl_mean", ...}], "tokens",
+    "protocol"}; a level that is a map has its mean width as "bits", and "map", which stands for its widths; tokens says
+    which way single tokens take (`runtime.token_way`). Raises ElastiqError for a width the checkpoint cannot give, a
+    text shorter than a window, models that do not match.
     """
     reader = CheckpointReader(path)
     window, num_windows = plain_count(window, "window"), plain_count(num_windows, "num_windows")
@@ -75,6 +77,7 @@ def evaluate(
     result = {
         "checkpoint": Path(path).resolve().name,
         "against": None if against is None else Path(against).name,
+        "tokens": token_way(model),
         "protocol": _protocol(content, Path(text).name, cut, dtype),
         "full": {
             "perplexity": full_scores.perplexity if full is not None else None,

@@ -40,7 +40,7 @@ def reader_of(model: nn.Module) -> CheckpointReader | None:
 def hold(reader: CheckpointReader, matrices: Mapping[str, NestedMatrix], planes: Mapping[str, int]) -> int:
     """Read planes until every matrix holds as many as asked for; bytes read."""
     size = 0
-    for plane in range(1, max(planes.values()) + 1):
+    for plane in range(1, max(planes.values(), default=0) + 1):
         names = [name for name, most in planes.items() if matrices[name].max_bits < plane <= most]
         for name, arrays in reader.plane(plane, names) if names else ():
             matrices[name].hold(arrays)

@@ -28,10 +28,13 @@ from ..runtime import (
     accelerate,
     bits_per_weight,
     bytes_in_memory,
+    changing_widths,
+    expected_way,
     keep_a_parameter,
     nested_matrices,
     rearrange,
     swap,
+    take_turns,
 )
 from .attached import attach, hold, reader_of
 
@@ -72,10 +75,7 @@ def load(
     reader = CheckpointReader(path, verify=verify)
     reader.check_side_files()
     config = _config(reader.path, reader.config)
-    model = _skeleton(reader, config, dtype or _dtype(config, torch.device(device)))
-    untie_stored(model, _stored(reader))
-    for matrix in reader.manifest.matrices.values():
-        swap(model, matrix)
+    model = _empty(reader, config, dtype or _dtype(config, torch.device(device)))
     matrices = nested_matrices(model)
     if memory is not None:
         widths = _within_memory(reader, model, memory, bits, max_bits)
@@ -96,6 +96,28 @@ def load(
     keep_a_parameter(model)
     nn.Module.to(model, torch.device(device))
     accelerate(model)
+    take_turns(model)
+    return model
+
+
+def tokens_way(reader: CheckpointReader) -> str:
+    """Which way single tokens of a checkpoint take on a CPU, as far as is known without running it; of its planes only
+    those with rotations are read. As `runtime.expected_way`."""
+    try:
+        model = _empty(reader, _config(reader.path, reader.config), torch.float32)
+    except ElastiqError as error:
+        return f"unknown: {error}"
+    matrices = nested_matrices(model)
+    hold(reader, matrices, {name: 1 for name, matrix in matrices.items() if matrix.stored.parts})
+    return expected_way(model)
+
+
+def _empty(reader: CheckpointReader, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a checkpoint with nested modules that hold nothing yet."""
+    model = _skeleton(reader, config, dtype)
+    untie_stored(model, _stored(reader))
+    for matrix in reader.manifest.matrices.values():
+        swap(model, matrix)
     return model
 
 
@@ -125,6 +147,7 @@ def _load_saved(
         set_bits(model, bits)
     nn.Module.to(model, device)
     accelerate(model)
+    take_turns(model)
     return model
 
 
@@ -132,8 +155,15 @@ def set_bits(model: PreTrainedModel, bits: Widths) -> None:
     """Read a loaded model at other widths, given as for `load`; {matrix name: width} may name some of them.
 
     At once within the planes held; missing planes are read from the checkpoint, which is logged. Nothing changes if
-    a name or a width is refused. Raises ElastiqError for these, and for a model without nested planes.
+    a name or a width is refused. Calls of the model in other threads are answered at the old widths or at the new ones
+    altogether: this waits for those that run, those that come wait for this; what torch.compile made does not wait.
+    Raises ElastiqError for what is refused, for a model without nested planes, and within a call of the same thread.
     """
+    with changing_widths(model):
+        _set_bits(model, bits)
+
+
+def _set_bits(model: PreTrainedModel, bits: Widths) -> None:
     bits, matrices = plain_widths(bits), nested_matrices(model)
     if not matrices:
         raise ElastiqError("set_bits: this model has no nested planes; load it with elastiq.load")

@@ -25,7 +25,7 @@ from ..checkpoint.tensors import read_header
 from ..core import ElastiqError, LevelMap
 from ..inference.attached import attach, saved_width, state_of
 from ..inference.loading import Widths, plain_widths, untie_stored
-from ..runtime import accelerate, keep_a_parameter, nested_matrices, swap
+from ..runtime import accelerate, keep_a_parameter, nested_matrices, swap, take_turns
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -111,6 +111,7 @@ class ElastiqQuantizer(HfQuantizer):
         attach(model, self._reader)
         keep_a_parameter(model)
         accelerate(model)
+        take_turns(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:

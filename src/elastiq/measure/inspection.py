@@ -15,8 +15,10 @@ from ..checkpoint.sizes import checkpoint_files, full_bytes, level_sizes
 from ..core import Site, Stats
 from ..evaluate.kinds import kind
 from ..evaluate.table import mean_error
+from ..inference.loading import tokens_way
 from ..models import Layout, ModelSource, build_skeleton, discover
 from ..pipeline.stream import BlockStream
+from ..runtime import expected_way
 from ..text import beginning
 from ..text.calibration import Calibration, calibration_ids
 
@@ -46,7 +48,8 @@ def inspect_model(
     progress(what, done, total).
 
     Returns JSON-ready data: model, architecture, parameters, bytes_on_disk, matrices (one row each), skipped
-    (name -> reason). Raises ElastiqError for what is not a model or cannot be handled.
+    (name -> reason), tokens (which way single tokens will take). Raises ElastiqError for what is not a model or cannot
+    be handled.
     """
     source = ModelSource(model, revision)
     skeleton = build_skeleton(source, torch.float32)
@@ -69,6 +72,7 @@ def inspect_model(
         "embedding": layout.embedding,
         "head": layout.head,
         "tied": layout.tied,
+        "tokens": expected_way(skeleton, nested=False),
         "matrices": rows,
         "skipped": layout.skipped | _outer_reasons(layout),
         "activations": seen,
@@ -88,6 +92,7 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         "widths": [{"bits": b, **sizes[b], "error": mean_error(reader.table, b)} for b in reader.available],
         "full_bytes": full_bytes(reader),
         "files": checkpoint_files(reader),
+        "tokens": tokens_way(reader),
         "matrices": reader.table,
     }
 

@@ -1,14 +1,14 @@
 """One token through a plain decoder in one compiled call.
 
-A decoder is plain if its blocks are a norm, attention with rotary embedding, a norm and a gated mlp under the names
-that transformers gives them in Llama and its kin, and all their matrices are nested codes, at most behind a rotation of
-their input. Whether it also computes what the names promise is not taken on trust: its first token goes both ways, and
-only equal results let the compiled one go on.
+`plain` says which decoders are plain. Whether one also computes what its names promise is not taken on trust: its first
+token goes both ways, and again the first one of every doubling of the position; only equal results let the compiled way
+go on.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -17,167 +17,167 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..kernels.matmul.cpu import DIGITS
 from ..linalg import native
 from ..linalg.hadamard import description
-from .linear import NestedLinear
+from .interface import cache_argument
 from .nested import NestedMatrix
 from .past import GrowingLayer
+from .plain import decoders, eps, matrices, norms, objection, rotations, unlike
 
 log = logging.getLogger("elastiq")
 
 TOLERANCE = 1e-3
 """Relative difference up to which the two ways of computing a token count as equal."""
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
-_SHARED = (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7))
-"""Which of `_matrices` are given the same input."""
-_HEAD_NORMS = ("q_norm", "k_norm")
-_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+COMPILED = "compiled code"
+"""What `token_way` answers where single tokens do not take the modules."""
+
+_ABSENT = "compiled code is absent" if native.module is None else None
 _TURNS = 256  # positions whose rotary embedding is computed at once
+_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+"""What the forward of a decoder has to call its inputs."""
+_WISHES = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+"""Settings of a call under which its answer is what compiled code gives."""
 
 
 def accelerate(model: nn.Module) -> None:
     """Let the plain decoders within `model` take single tokens through compiled code; all else stays as it is."""
-    module: Any
-    for module in model.modules():
-        if native.module is not None and is_plain(module):
+    for module in decoders(model):
+        forward = type(module).forward
+        if reason := _ABSENT or objection(module):
+            _say(logging.INFO, module, reason)
+        elif reason := _unknown_interface(forward):
+            _say(logging.WARNING, module, reason)
+        else:
             module.compiled_step = None
-            module.forward = MethodType(_accelerated(type(module).forward), module)
+            module.forward = MethodType(_accelerated(forward), module)
 
 
-def is_plain(decoder: Any) -> bool:
-    """Whether `decoder` has the structure that compiled code knows, in float32 on a CPU."""
-    layers: Any = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not layers:
-        return False
-    if _children(decoder) != {"embed_tokens", "layers", "norm", "rotary_emb"} or not all(map(_is_plain_block, layers)):
-        return False
-    norms = [decoder.norm, *(norm for block in layers for norm in _norms(block) if norm is not None)]
-    if not all(map(_is_norm, norms)) or len({_eps(norm) for norm in norms}) > 1:
-        return False
-    if getattr(decoder.rotary_emb, "rope_type", None) not in _FIXED_ROPE:
-        return False
-    attentions: list[Any] = [block.self_attn for block in layers]
-    if len({(attention.head_dim, attention.scaling) for attention in attentions}) > 1:
-        return False
-    kinds = getattr(decoder.config, "layer_types", None)
-    whole = set(kinds) == {"full_attention"} if kinds else getattr(decoder.config, "sliding_window", None) is None
-    small = [tensor for module in [*norms, *chain(*map(_matrices, layers))] for tensor in module.parameters()]
-    return whole and all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in small)
+def expected_way(model: nn.Module, nested: bool = True) -> str:
+    """What `token_way` will answer for a model in float32 on a CPU, as far as its structure and its settings tell.
+
+    nested: its matrices are nested modules already; otherwise they will be.
+    """
+    for decoder in decoders(model):
+        reason = _no_compiled_code() or (objection(decoder) if nested else unlike(decoder))
+        return _way(reason or _unknown_interface(type(decoder).forward))
+    return _way("it has no decoder of the kind of Llama")
 
 
-def _is_plain_block(block: Any) -> bool:
-    if _children(block) != {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}:
-        return False
-    attention, mlp = block.self_attn, block.mlp
-    if _children(attention) not in ({*_PROJECTIONS}, {*_PROJECTIONS, *_HEAD_NORMS}):
-        return False
-    if _children(mlp) != {*_MLP, "act_fn"} or type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-        return False
-    has_own_rules = getattr(attention, "sliding_window", None) is not None or not hasattr(attention, "scaling")
-    nested = all(isinstance(matrix, NestedLinear) and matrix.stored.coded for matrix in _matrices(block))
-    return nested and not has_own_rules and _rotations(block) is not None
+@torch.no_grad()
+def token_way(model: nn.Module) -> str:
+    """Which way single tokens of `model` take: "compiled code", or "modules: " and why. Two tokens are tried."""
+    for decoder in decoders(model):
+        if not hasattr(decoder, "compiled_step"):
+            return expected_way(model)
+        cache = {str(cache_argument(type(decoder).forward)): DynamicCache(config=decoder.config)}
+        for _ in range(2):
+            decoder(input_ids=torch.zeros(1, 1, dtype=torch.int64), **cache)
+        step = decoder.compiled_step
+        return _way("its settings ask for more than a hidden state" if step is None else step.reason)
+    return expected_way(model)
 
 
-def _children(module: nn.Module) -> set[str]:
-    return {name for name, _ in module.named_children()}
+def _way(reason: str | None) -> str:
+    return COMPILED if reason is None else f"modules: {reason}"
 
 
-def _norms(block: Any) -> list[Any]:
-    """Norms of the hidden state, then of the heads, None where there is none."""
-    heads = [getattr(block.self_attn, name, None) for name in _HEAD_NORMS]
-    return [block.input_layernorm, block.post_attention_layernorm, *heads]
+def _no_compiled_code() -> str | None:
+    return _ABSENT or ("the path in use is plain torch" if native.current() == "torch" else None)
 
 
-def _matrices(block: Any) -> list[Any]:
-    return [getattr(block.self_attn, name) for name in _PROJECTIONS] + [getattr(block.mlp, name) for name in _MLP]
+def _unknown_interface(forward: Callable[..., Any]) -> str | None:
+    """Why single tokens cannot be told from the arguments of `forward`; None if they can."""
+    absent = [name for name in _ARGUMENTS if name not in inspect.signature(forward).parameters]
+    if absent:
+        return f"its forward has no argument {' and no '.join(absent)} in this version of transformers"
+    if cache_argument(forward) is None:
+        return "its forward has no argument for a cache in this version of transformers"
+    return None
 
 
-def _rotations(block: Any) -> list[Sequence[Tensor]] | None:
-    """What each shared input goes through: a `Fold.rotation`, or nothing. None if compiled code does not know it."""
-    matrices = _matrices(block)
-    found = []
-    for members in _SHARED:
-        first, *others = map(_rotation, matrices[members])
-        if first is None or any(other is None or not _same(first, other) for other in others):
-            return None
-        found.append(first)
-    return found
+@functools.lru_cache(maxsize=256)
+def _say_once(level: int, sentence: str) -> None:
+    log.log(level, sentence)
 
 
-def _rotation(matrix: NestedLinear) -> Sequence[Tensor] | None:
-    powers, folds, terms = matrix.restored()
-    if powers is not None or terms or len(folds) > 1:
-        return None
-    rotation = folds[0].rotation() if folds else ()
-    return rotation if not rotation or len(rotation[0]) == matrix.in_features else None
-
-
-def _same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(torch.equal, a, b))
-
-
-def _is_norm(module: Any) -> bool:
-    if not hasattr(module, "variance_epsilon") and not hasattr(module, "eps"):
-        return False
-    return type(module).__name__.endswith("RMSNorm") and [name for name, _ in module.named_parameters()] == ["weight"]
-
-
-def _eps(norm: Any) -> float:
-    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+def _say(level: int, decoder: nn.Module, reason: str) -> None:
+    """Log, once, why single tokens take the modules."""
+    _say_once(level, f"{type(decoder).__name__}: single tokens take its modules, not compiled code: {reason}")
 
 
 def _accelerated(plain: Callable[..., Any]) -> Callable[..., Any]:
     """`plain`, the forward of a decoder, with single tokens going through compiled code wherever that is the same."""
+    cache_name = str(cache_argument(plain))
+    names = list(inspect.signature(plain).parameters)[1:]
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if args or torch.compiler.is_compiling() or not _asks_for_one_token(self.config, kwargs):
+        if torch.compiler.is_compiling():
+            return plain(self, *args, **kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        cache = given.get(cache_name)
+        if not _is_token(given) or not isinstance(cache, Cache) or not cache.get_seq_length():
+            return plain(self, *args, **kwargs)
+        reason = _other_wish(self.config, given, cache_name) or _other_past(cache, given)
+        if reason is not None:
+            _say(logging.INFO, self, reason)
             return plain(self, *args, **kwargs)
         step = self.compiled_step
         if step is None or not step.fits():
             step = self.compiled_step = CompiledStep(self)
-        ids, position, cache = kwargs.get("input_ids"), kwargs.get("position_ids"), kwargs["past_key_values"]
+        ids = given.get("input_ids")
+        x = self.embed_tokens(ids) if ids is not None else given["inputs_embeds"]
+        if step.equal is False or type(x) is not Tensor or x.dtype != torch.float32 or x.requires_grad:
+            return plain(self, *args, **kwargs)
         layers = _growing(cache)
-        if step.equal is False or not step.takes(layers):
-            return plain(self, **kwargs)
-        x = self.embed_tokens(ids) if ids is not None else kwargs["inputs_embeds"]
-        if type(x) is not Tensor or x.dtype != torch.float32 or x.requires_grad:
-            return plain(self, **kwargs)
+        if not step.takes(layers):
+            _say(logging.INFO, self, "the cache is not one of this model's blocks and one sequence in float32")
+            return plain(self, *args, **kwargs)
+        position = given.get("position_ids")
         where = layers[0].length if position is None else int(position)
-        if step.equal is None:
-            return step.compare(functools.partial(plain, self, **kwargs), x, layers, where)
-        return BaseModelOutputWithPast(last_hidden_state=step.run(x, layers, where), past_key_values=cache)
+        if not step.compared_at(where):
+            return step.compare(functools.partial(plain, self, *args, **kwargs), x, layers, where, cache)
+        return step.answer(step.run(x, layers, where), cache)
 
     return forward
 
 
-def _asks_for_one_token(config: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether these arguments ask for the next token of one sequence whose past is in a cache, and nothing else."""
-    given = {name: value for name, value in kwargs.items() if value is not None and name != "use_cache"}
-    cache, mask, position = (given.pop(name, None) for name in ("past_key_values", "attention_mask", "position_ids"))
-    token = given.pop("input_ids" if "input_ids" in given else "inputs_embeds", None)
-    wishes = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
-    if any(name not in wishes or value is not wishes[name] for name, value in given.items()):
-        return False
-    if any(getattr(config, name, value) is not value for name, value in wishes.items()):
-        return False
-    if not isinstance(token, Tensor) or token.shape[:2] != (1, 1) or token.device.type != "cpu":
-        return False
-    if not isinstance(cache, Cache) or cache.offloading or not cache.layers:
-        return False
+def _is_token(given: Mapping[str, Any]) -> bool:
+    """Whether the arguments hold one token of one sequence, on a CPU."""
+    tokens = [given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None]
+    return len(tokens) == 1 and tokens[0].shape[:2] == (1, 1) and tokens[0].device.type == "cpu"
+
+
+def _other_wish(config: Any, given: Mapping[str, Any], cache_name: str) -> str | None:
+    """What is asked for beyond the next token of a sequence whose past is in a cache; None if nothing."""
+    for name, value in given.items():
+        if value is None or name in (*_ARGUMENTS, cache_name) or (name == "use_cache" and value is True):
+            continue
+        if name not in _WISHES or value is not _WISHES[name]:
+            return f"it was called with {name}"
+    set_otherwise = (name for name, value in _WISHES.items() if getattr(config, name, value) is not value)
+    return next((f"its configuration sets {name}" for name in set_otherwise), None)
+
+
+def _other_past(cache: Cache, given: Mapping[str, Any]) -> str | None:
+    """What keeps a token from being appended to this past; None if nothing."""
     layers: list[Any] = cache.layers
-    if not all(type(layer) in (DynamicLayer, GrowingLayer) and layer.get_seq_length() for layer in layers):
-        return False
+    if getattr(cache, "offloading", False):
+        return "the cache is moved between devices"
+    if other := next((layer for layer in layers if type(layer) not in (DynamicLayer, GrowingLayer)), None):
+        return f"the cache has a {type(other).__name__}"
+    if not all(layer.get_seq_length() for layer in layers):
+        return "the cache has an empty layer"
+    mask, position = given.get("attention_mask"), given.get("position_ids")
     if position is not None and position.numel() != 1:
-        return False
-    past = cache.get_seq_length()
-    return mask is None or (isinstance(mask, Tensor) and mask.shape == (1, past + 1) and bool(mask.all()))
+        return "its token has several positions"
+    if mask is None or (isinstance(mask, Tensor) and mask.shape == (1, cache.get_seq_length() + 1) and mask.all()):
+        return None
+    return "the attention mask hides something"
 
 
 def _growing(cache: Cache) -> list[GrowingLayer]:
@@ -191,7 +191,8 @@ def _growing(cache: Cache) -> list[GrowingLayer]:
 class CompiledStep:
     """A plain decoder as compiled code, made from its modules as they are now.
 
-    equal: whether it has been found to compute what the modules do; None before the first comparison.
+    equal: whether it has been found to compute what the modules do; None before the first comparison. reason: why it is
+    not taken, where it is not.
     A copy or a pickle of it is None, because it holds addresses of this model's memory.
     """
 
@@ -209,19 +210,22 @@ class CompiledStep:
         # Detached, so that the memory stays where other storage is put under one of the tensors.
         self._kept = [tensor.detach() for tensor in self._tensors]
         self._kept += [array.detach() for matrix in self._matrices for array in matrix.read_arrays()]
-        self._tensors += [matrix._buffers["weight"] for matrix in self._matrices]
+        self._tensors += [cast(Tensor, matrix._buffers["weight"]) for matrix in self._matrices]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
-        self._first, self._turns = 0, (torch.empty(0), torch.empty(0))
-        known = self._path != "torch" and len(self._modes) == 1 and not any(self._hooks) and is_plain(decoder)
+        self._table = 0, torch.empty(0), torch.empty(0)  # first position, cosines and sines from there on
+        self._compared: set[int] = set()  # doublings of the position at which both ways were found equal
         self._compiled: Any = None
-        if known:
+        self._form: tuple[Callable[..., Any], tuple[str, ...]] | None = None
+        self.reason = _no_compiled_code() or self._changed() or objection(decoder)
+        self.equal: bool | None = None if self.reason is None else False
+        if self.reason is None:
             try:
-                self._compiled, rotations = _compile(decoder)
-                self._kept += rotations
+                self._compiled, arrays = _compile(decoder)
+                self._kept += arrays
             except ValueError as error:  # what is plain may still have sizes that compiled code is not made for
-                log.info("%s: %s; it keeps its own code", type(decoder).__name__, error)
-                known = False
-        self.equal: bool | None = None if known else False
+                self._refuse(f"compiled code is not made for it ({error})")
+        else:
+            _say(logging.INFO, decoder, self.reason)
 
     def fits(self) -> bool:
         """Whether everything it was made from is still as it was."""
@@ -242,7 +246,7 @@ class CompiledStep:
         for layer in layers:
             layer.reserve(1)
         return len(layers) == len(self._decoder.layers) and all(
-            layer.length == length > 0 and layer.form == form for layer in layers
+            layer.length == length > 0 and layer.form == form and not layer.keeps_gradients for layer in layers
         )
 
     def run(self, x: Tensor, layers: list[GrowingLayer], position: int) -> Tensor:
@@ -266,27 +270,56 @@ class CompiledStep:
             layer.length += 1
         return out
 
-    def compare(self, plain: Callable[[], Any], x: Tensor, layers: list[GrowingLayer], position: int) -> Any:
+    def compared_at(self, position: int) -> bool:
+        """Whether both ways were found equal since the position last doubled (1, 2, 4, ...) before `position`."""
+        return position.bit_length() in self._compared
+
+    def compare(
+        self, plain: Callable[[], Any], x: Tensor, layers: list[GrowingLayer], position: int, cache: Cache
+    ) -> Any:
         """What `plain` answers; afterwards `equal` says whether `run` answers and caches the same."""
         output = plain()
+        self._form = _form(output, cache)
+        if self._form is None:
+            self._refuse("its answer has another form than a hidden state and a cache")
+            return output
         theirs = [output.last_hidden_state, *(place.clone() for place in _places(layers))]
         for layer in layers:
             layer.crop(-1)
         ours = [self.run(x, layers, position), *_places(layers)]
-        self.equal = all(map(_close, ours, theirs))
+        difference = max(map(_difference, ours, theirs))
+        self.equal = difference <= TOLERANCE
         for place, states in zip(_places(layers), theirs[1:], strict=True):
             place.copy_(states)
-        if not self.equal:
-            log.info("%s: not computed as its structure suggests; it keeps its own code", type(self._decoder).__name__)
+        if self.equal:
+            self._compared.add(position.bit_length())
+        else:
+            self._refuse(f"at position {position} the two differ by {difference:.2g} of the values")
         return output
+
+    def answer(self, hidden: Tensor, cache: Any) -> Any:
+        """What the decoder's own forward answers around `hidden`."""
+        assert self._form is not None
+        kind, names = self._form
+        return kind(last_hidden_state=hidden, **dict.fromkeys(names, cache))
+
+    def _refuse(self, reason: str) -> None:
+        self.equal, self.reason = False, reason
+        _say(logging.WARNING, self._decoder, reason)
+
+    def _changed(self) -> str | None:
+        """What was done to the modules that only they can answer to; None if nothing."""
+        if any(self._hooks):
+            return "its modules have hooks"
+        return None if len(self._modes) == 1 else "its matrices read their inputs in different ways"
 
     def _turn(self, x: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine [rotary] of a position."""
-        if not self._first <= position < self._first + len(self._turns[0]):
-            cosine, sine = self._decoder.rotary_emb(x, torch.arange(position, position + _TURNS)[None])
-            self._first, self._turns = position, (cosine[0].contiguous(), sine[0].contiguous())
-        cosine, sine = self._turns
-        return cosine[position - self._first], sine[position - self._first]
+        first, cosine, sine = self._table  # read once: another thread may put another one there
+        if not first <= position < first + len(cosine):
+            found = self._decoder.rotary_emb(x, torch.arange(position, position + _TURNS)[None])
+            first, cosine, sine = self._table = position, *(table[0].contiguous() for table in found)
+        return cosine[position - first], sine[position - first]
 
     def _activations(self) -> list[str]:
         return list({matrix.activations for matrix in self._matrices})
@@ -300,11 +333,21 @@ class CompiledStep:
 
 def _places(layers: list[GrowingLayer]) -> list[Tensor]:
     """Where the newest position's keys and values stand, as views."""
-    return [states[:, :, -1] for layer in layers for states in (layer.keys, layer.values) if states is not None]
+    return [states[:, :, layer.length - 1] for layer in layers for states in layer.reserve(0)]
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).norm() <= TOLERANCE * b.norm())
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Relative difference of `a` from `b`; infinite where it is not a number."""
+    found = float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    return found if found == found else float("inf")
+
+
+def _form(output: Any, cache: Any) -> tuple[Callable[..., Any], tuple[str, ...]] | None:
+    """How to make an output of this kind: its class, and the names under which it holds the cache."""
+    if not isinstance(output, Mapping) or "last_hidden_state" not in output:
+        return None
+    names = tuple(name for name, value in output.items() if value is cache)
+    return (type(output), names) if len(output) == 1 + len(names) else None
 
 
 def _outside_planes(module: nn.Module) -> list[Tensor]:
@@ -328,9 +371,9 @@ def _compile(decoder: Any) -> tuple[Any, list[Tensor]]:
 
     blocks = [
         (
-            tuple(0 if norm is None else norm.weight.data_ptr() for norm in _norms(block)),
-            tuple((m.tiled().handle, 0 if m.bias is None else m.bias.data_ptr()) for m in _matrices(block)),
-            tuple(address_of(rotation) for rotation in _rotations(block) or ()),
+            tuple(0 if norm is None else norm.weight.data_ptr() for norm in norms(block)),
+            tuple((m.tiled().handle, 0 if m.bias is None else m.bias.data_ptr()) for m in matrices(block)),
+            tuple(address_of(rotation) for rotation in rotations(block) or ()),
         )
         for block in decoder.layers
     ]
@@ -339,7 +382,7 @@ def _compile(decoder: Any) -> tuple[Any, list[Tensor]]:
         float(attention.scaling),
         attention.q_proj.in_features,
         mlp.gate_proj.out_features,
-        _eps(decoder.norm),
+        eps(decoder.norm),
         decoder.norm.weight.data_ptr(),
         blocks,
     )
