@@ -10,9 +10,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import elastiq
+from elastiq.foreign.exporting import HuggingFace, export
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,6 +66,16 @@ def test_an_infinity_in_config_json(spelling: str, tmp_path: Path) -> None:
     assert (loaded(FAMILIES.IDS, use_cache=False).logits - wanted).norm() < 0.05 * wanted.norm()
 
 
+def test_an_embedding_of_its_own_kind_is_refused_before_the_work(tmp_path: Path) -> None:
+    if "inkling2_text" not in FAMILIES.architectures():
+        pytest.skip("this transformers has no such family")
+    with FAMILIES.quiet():
+        FAMILIES.make("inkling2_text", tmp_path / "model")
+    with pytest.raises(elastiq.ElastiqError, match=r"embed_tokens: \w+ is an embedding of its own kind; keep it in 16"):
+        elastiq.quantize(tmp_path / "model", tmp_path / "out", FAMILIES.RECIPE(embeddings=True), FAMILIES.IDS)
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_experts_transposed_at_lower_widths_and_exported(tmp_path: Path) -> None:
     with FAMILIES.quiet():
         model = FAMILIES.make("gpt_oss", tmp_path / "model")
@@ -73,12 +84,15 @@ def test_experts_transposed_at_lower_widths_and_exported(tmp_path: Path) -> None
     name = "model.layers.0.mlp.experts.gate_up_proj"
     original = model.get_parameter(name)
     experts = loaded.get_submodule(name)
-    for bits, bound in ((8, 0.02), (3, 0.4)):
+    for bits, bound in ((8, 0.06), (3, 0.4)):
         elastiq.set_bits(loaded, bits)
         for expert in range(4):
             error = (experts[torch.tensor(expert)] - original[expert]).norm() / original[expert].norm()
             assert experts[expert].shape == original[expert].shape and error < bound
     elastiq.set_bits(loaded, {name: "8383"})
     mixed = loaded.get_submodule(name)
-    assert mixed[0].shape == original[0].shape and (mixed[0] - original[0]).norm() < 0.02 * original[0].norm()
-    assert (mixed[1] - original[1]).norm() > 0.02 * original[1].norm()
+    assert mixed[0].shape == original[0].shape and (mixed[0] - original[0]).norm() < 0.06 * original[0].norm()
+    assert (mixed[1] - original[1]).norm() > 0.06 * original[1].norm()
+    export(tmp_path / "out", tmp_path / "plain", HuggingFace(), 8)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).get_parameter(name)
+    assert plain.shape == original.shape and (plain - original).norm() < 0.06 * original.norm()

@@ -47,6 +47,7 @@ from ..foreign.importing import ordinary
 from ..formats import Integer
 from ..linalg import native
 from ..models import Layout, ModelSource, build_skeleton, discover, free_module, load_module, read_generation
+from ..runtime.swap import embedding_factor
 from ..solvers import RoundToNearest
 from ..text import beginning, check_ids
 from ..text.calibration import calibration_ids, file_names, tuning_ids
@@ -174,6 +175,8 @@ def _quantize(
         check_ids(skeleton, trained, "tuning")
     config = _config(source, layout)
     check_config(source, config)
+    if recipe.embeddings and layout.embedding is not None:
+        embedding_factor(skeleton.get_submodule(layout.embedding), layout.embedding)
     _check_disk(output, plan_of(source, skeleton, layout, recipe, num_samples, seq_len).disk)
     with CheckpointWriter(output, fingerprint, restart) as writer:
         done = writer.finished()

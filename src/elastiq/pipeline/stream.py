@@ -476,7 +476,7 @@ def _check_ids(model: PreTrainedModel, ids: Tensor) -> None:
     longest = getattr(config, "max_position_embeddings", None)
     if ids.dim() != 2 or not ids.numel():
         raise ElastiqError("calibration: token ids must be [windows, seq_len] with at least one window")
-    if longest and ids.shape[1] > longest:
+    if longest and 0 < longest < ids.shape[1]:  # XLNet says -1 where there is no end
         raise ElastiqError(
             f"calibration: windows of {ids.shape[1]} tokens exceed the model's {longest} positions; "
             f"use a seq_len of at most {longest}"
