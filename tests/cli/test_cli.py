@@ -171,6 +171,7 @@ def test_inspect_without_activations(model: Path, tmp_path: Path) -> None:
     assert data["matrices"][0]["input_abs_max"] is None
     assert data["matrices"][0]["weight_abs_max"] > 0
     assert "largest input" not in result.stdout
+    assert "compiled code" in data["tokens"] and f"single tokens: {data['tokens']}" in result.stdout
 
 
 def test_inspect_and_slice_a_checkpoint(made: tuple[Path, Result], tmp_path: Path) -> None:
@@ -183,6 +184,7 @@ def test_inspect_and_slice_a_checkpoint(made: tuple[Path, Result], tmp_path: Pat
     assert [w["bits"] for w in data["widths"]] == [1, 2, 3]
     assert "nested" not in data["files"]
     assert "mlp.down_proj" in result.stdout
+    assert "compiled code" in data["tokens"] and f"single tokens: {data['tokens']}" in result.stdout
     refused = run("evaluate", tmp_path / "small", "--bits", "4", "--text", __file__)
     assert refused.exit_code == 1
     assert "it can be read at 1 to 3 bits, not 4" in refused.stderr

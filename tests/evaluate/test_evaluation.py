@@ -113,6 +113,7 @@ def test_result_says_what_was_done(result: dict[str, Any]) -> None:
     assert (protocol["window"], protocol["num_windows"], protocol["predicted_tokens"]) == (24, 5, 115)
     assert [row["bits"] for row in result["levels"]] == [2, 5, 8]
     assert result["full"]["perplexity"] > 1
+    assert "compiled code" in result["tokens"]
     json.dumps(result, allow_nan=False)
 
 

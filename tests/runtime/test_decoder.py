@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache
 import elastiq
 from elastiq.core import ElastiqError, Fold, Site
 from elastiq.linalg import native
+from elastiq.measure import inspect_checkpoint
 from elastiq.parts import Diagonal, Hadamard
 from elastiq.runtime import cache_argument, decoder, expected_way, plain, token_way, with_cache
 
@@ -187,7 +188,8 @@ def test_heads_of_other_sizes_keep_their_own_code(tmp_path: Path, heads: int) ->
     size = {"hidden_size": 64, "num_attention_heads": heads, "num_key_value_heads": 1, "head_dim": width}
     model = rotated(tmp_path, size, lambda site: ())
     assert close(logits(model), reference(model))
-    assert step(model).equal is False
+    reason = f"modules: its heads have {width} channels, and multiples of 16 up to 512 are known"
+    assert token_way(model) == expected_way(model) == reason
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral", "phi3", "gpt2", "mixtral"])
@@ -326,6 +328,13 @@ def test_positional_arguments_and_an_answer_as_the_modules_give_it(llama: Any) -
     assert type(fast) is type(slow) and list(fast.keys()) == list(slow.keys())
     assert close(fast.last_hidden_state, slow.last_hidden_state)
     assert all(value is cache for name, value in fast.items() if name != "last_hidden_state")
+
+
+def test_a_checkpoint_tells_the_way_before_its_planes_are_read(checkpoints: Any, tmp_path: Path) -> None:
+    rotated(tmp_path, SIZES[0])
+    for path, way in ((checkpoints("llama"), "compiled code"), (tmp_path / "nested", "compiled code")):
+        assert inspect_checkpoint(path)["tokens"] == way
+    assert inspect_checkpoint(checkpoints("gemma2", False))["tokens"].startswith("modules: in block 0 ")
 
 
 def test_the_way_of_tokens_is_told(llama: Any, checkpoints: Any) -> None:

@@ -223,8 +223,8 @@ class CompiledStep:
                 self._compiled, arrays = _compile(decoder)
                 self._kept += arrays
             except ValueError as error:  # what is plain may still have sizes that compiled code is not made for
-                self._refuse(f"compiled code is not made for it ({error})")
-        else:
+                self.equal, self.reason = False, f"it is not made for its sizes ({error})"
+        if self.reason is not None:
             _say(logging.INFO, decoder, self.reason)
 
     def fits(self) -> bool:

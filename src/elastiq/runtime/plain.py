@@ -35,6 +35,8 @@ _KNOWN_IN_ROPE = {
     "high_freq_factor",
 }  # fmt: skip
 """What these embeddings are made from, all of which is in the table of cosines and sines."""
+_HEAD_STEP, _MOST_HEAD = 16, 512
+"""Channels of a head, as in native/decoder.cpp."""
 _SCALES = re.compile(
     r"(^|_)(re|un)?(scal\w*|multipliers?|temperature|clip\w*|clamp\w*|(soft)?cap|(soft)?capping|limits?|chunk\w*|sinks?"
     r"|alibi|no_rope\w*|nope\w*)(_|$)"
@@ -72,6 +74,8 @@ def unlike(decoder: Any) -> str | None:
     attentions: list[Any] = [block.self_attn for block in decoder.layers]
     if len({(attention.head_dim, attention.scaling) for attention in attentions}) > 1:
         return "its blocks have heads of different sizes or scalings"
+    if (size := attentions[0].head_dim) % _HEAD_STEP or not 0 < size <= _MOST_HEAD:
+        return f"its heads have {size} channels, and multiples of {_HEAD_STEP} up to {_MOST_HEAD} are known"
     return _window(decoder.config) or _scaled(decoder.config)
 
 
