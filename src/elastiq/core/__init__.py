@@ -12,6 +12,7 @@ from .allocation import (
     non_increasing,
 )
 from .error import ElastiqError, first_line, library_errors
+from .edit import Edit, Edits, Heads, Norm, ResidualStream
 from .fold import Fold, fold_in, fold_out
 from .grid import MAX_BITS, CodeGrid, Codes, Grid, derive
 from .half import held, require_held
@@ -28,6 +29,7 @@ from .step import (
     Format,
     Journal,
     Objective,
+    Rewrite,
     Seen,
     Solver,
     Split,
@@ -56,20 +58,26 @@ __all__ = [
     "Codes",
     "Compensator",
     "Damage",
+    "Edit",
+    "Edits",
     "ElastiqError",
     "Evidence",
     "Fold",
     "Format",
     "Grid",
+    "Heads",
     "Journal",
     "Kept",
     "LevelMap",
+    "Norm",
     "Objective",
     "Part",
     "Problem",
     "QuantizedWeight",
     "Recipe",
     "RowPowers",
+    "ResidualStream",
+    "Rewrite",
     "Rows",
     "Seen",
     "Sensitivity",
