@@ -11,8 +11,8 @@ from .allocation import (
     Solution,
     non_increasing,
 )
-from .error import ElastiqError, first_line, library_errors
 from .edit import Edit, Edits, Heads, Norm, ResidualStream
+from .error import ElastiqError, first_line, library_errors
 from .fold import Fold, fold_in, fold_out
 from .grid import MAX_BITS, CodeGrid, Codes, Grid, derive
 from .half import held, require_held
@@ -75,9 +75,9 @@ __all__ = [
     "Problem",
     "QuantizedWeight",
     "Recipe",
-    "RowPowers",
     "ResidualStream",
     "Rewrite",
+    "RowPowers",
     "Rows",
     "Seen",
     "Sensitivity",

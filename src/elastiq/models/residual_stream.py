@@ -33,8 +33,10 @@ def residual_stream(model: PreTrainedModel, layout: Layout, unchanged: Unchanged
     """
     if layout.embedding is None or layout.head is None:
         raise refusal(model, "it has no embedding or no output head")
+    if expert := next((site for site in layout.sites if site.expert is not None), None):
+        raise refusal(model, f"the experts in {expert.tensor} are given the stream one at a time")
     width = model.get_parameter(f"{layout.embedding}.weight").shape[-1]
-    readers_of = _readers(model, {layout.head, *(site.name for site in layout.sites)})
+    readers_of = _readers(model, {layout.head, *(site.name for site in layout.sites)}, layout.head)
     last = next((name for name, readers in readers_of.items() if layout.head in readers), None)
     if last is None:
         raise refusal(model, "no norm stands before its output head")
@@ -44,8 +46,6 @@ def residual_stream(model: PreTrainedModel, layout: Layout, unchanged: Unchanged
     known: dict[tuple[str, ...], tuple[str, str, int] | None] = {}
     for index, block in enumerate(layout.blocks):
         own = layout.at(index)
-        if expert := next((site for site in own if site.expert is not None), None):
-            raise refusal(model, f"the experts in {expert.tensor} are given the stream one at a time")
         read = {n: readers for n, readers in readers_of.items() if n.startswith(f"{block}.")}
         norms += [_norm(model, name, readers, width) for name, readers in read.items()]
         inner = {name for readers in read.values() for name in readers}
@@ -75,8 +75,8 @@ def refusal(model: nn.Module, reason: str) -> ElastiqError:
     )
 
 
-def _readers(model: PreTrainedModel, names: set[str]) -> dict[str, tuple[str, ...]]:
-    """Module -> those of `names` that are given its very output, in the order of the calls; seen with fake tensors."""
+def _readers(model: PreTrainedModel, names: set[str], head: str) -> dict[str, tuple[str, ...]]:
+    """Norm -> those of `names` that are given its very output, in the order of the calls; seen with fake tensors."""
     readers: dict[str, list[str]] = defaultdict(list)
     made: list[tuple[Tensor, str]] = []
 
@@ -86,6 +86,8 @@ def _readers(model: PreTrainedModel, names: set[str]) -> dict[str, tuple[str, ..
 
     def note_input(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         maker = next((maker for output, maker in reversed(made) if args and output is args[0]), None)
+        if maker is None and name == head:  # which is given some of the rows that the last norm made
+            maker = next((maker for _, maker in reversed(made) if _is_norm(model.get_submodule(maker))), None)
         if maker is not None:
             readers[maker].append(name)
 
