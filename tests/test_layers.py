@@ -15,6 +15,7 @@ LAYERS = {
     "core": 0, "linalg": 0, "parts": 0, "statistics": 0,
     "formats": 1, "transforms": 1, "splits": 1, "compensators": 1,
     "kernels": 1, "solvers": 1, "tuners": 1, "sensitivity": 1, "allocators": 1, "token_weights": 1,
+    "rewrites": 1,
     "runtime": 2, "recipes": 2,
     "embedded": 3, "models": 3, "checkpoint": 3, "text": 3,
     "allocate": 4, "inference": 4, "foreign": 4, "pipeline": 4, "evaluate": 4, "measure": 4, "report": 4,

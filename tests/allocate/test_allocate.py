@@ -257,7 +257,7 @@ def map_text(**changes: object) -> str:
         (map_text(widths=[3]), "its widths are no table"),
         (map_text(widths={}), "it names no matrix"),
         (map_text(widths={"a": 9}), "has the width 9, which is none from 1 to 8"),
-        (map_text(widths={"a": True}), "has the width True"),
+        (map_text(widths={"a": True}), "a=True is a truth value; give a number"),
         (map_text(widths={"a": 2.5}), "has the width 2.5"),
     ],
 )

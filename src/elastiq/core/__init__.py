@@ -11,6 +11,7 @@ from .allocation import (
     Solution,
     non_increasing,
 )
+from .edit import Edit, Edits, Heads, Norm, ResidualStream
 from .error import ElastiqError, first_line, library_errors
 from .fold import Fold, fold_in, fold_out
 from .grid import MAX_BITS, CodeGrid, Codes, Grid, derive
@@ -28,6 +29,7 @@ from .step import (
     Format,
     Journal,
     Objective,
+    Rewrite,
     Seen,
     Solver,
     Split,
@@ -56,19 +58,25 @@ __all__ = [
     "Codes",
     "Compensator",
     "Damage",
+    "Edit",
+    "Edits",
     "ElastiqError",
     "Evidence",
     "Fold",
     "Format",
     "Grid",
+    "Heads",
     "Journal",
     "Kept",
     "LevelMap",
+    "Norm",
     "Objective",
     "Part",
     "Problem",
     "QuantizedWeight",
     "Recipe",
+    "ResidualStream",
+    "Rewrite",
     "RowPowers",
     "Rows",
     "Seen",

@@ -19,6 +19,10 @@ class Fold(Part):
     """
 
     @abstractmethod
+    def channels(self) -> int:
+        """Number of channels of the input."""
+
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """T x for rows x [..., in], in their dtype."""
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .error import ElastiqError
-from .step import Compensator, Format, Solver, Split, Step, TokenWeights, Transform, Tuner, step_from_dict
+from .step import Compensator, Format, Rewrite, Solver, Split, Step, TokenWeights, Transform, Tuner, step_from_dict
 
-_LISTS = {"transforms": "transform", "splits": "split", "compensators": "compensator"}
+_LISTS = {"rewrites": "rewrite", "transforms": "transform", "splits": "split", "compensators": "compensator"}
 """Slots that any number of steps may fill, one after the other."""
 _ONE = {"token_weights": "token-weights", "block_tuner": "tuner", "tuner": "tuner"}
 """Slots that one step fills, or none."""
@@ -25,6 +25,7 @@ class Recipe:
     inputs: what a block is calibrated on, `full` (the 16-bit model's activations) or `quantized` (those that the
         already quantized blocks before it produce, at the top level).
     token_weights: how much each calibration token counts for a matrix; None counts every token once.
+    rewrites: changes of the model as it is read.
     transforms, splits, compensators: steps in the order in which they are taken. A matrix that calibration did not
         reach goes without them.
     block_tuner: what the codes and scales of a block become once it is solved, judged by the block's output.
@@ -41,6 +42,7 @@ class Recipe:
     transforms: tuple[Transform, ...] = ()
     splits: tuple[Split, ...] = ()
     compensators: tuple[Compensator, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
 
     def __post_init__(self) -> None:
         for slot in ("format", "solver", "block_tuner", "tuner"):
@@ -74,8 +76,8 @@ class Recipe:
     def steps(self) -> tuple[Step, ...]:
         """All of them, in the order in which they are taken."""
         filled = (
-            self.token_weights, *self.transforms, *self.splits, self.format, self.solver, *self.compensators,
-            self.block_tuner, self.tuner,
+            *self.rewrites, self.token_weights, *self.transforms, *self.splits, self.format, self.solver,
+            *self.compensators, self.block_tuner, self.tuner,
         )  # fmt: skip
         return tuple(step for step in filled if step is not None)
 

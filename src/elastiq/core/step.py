@@ -17,6 +17,7 @@ from .powers import LEAST
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .edit import Edits, ResidualStream
     from .fold import Fold
     from .grid import CodeGrid
     from .stats import Stats
@@ -150,6 +151,15 @@ class TokenWeights(Step, slot="token-weights"):
     @abstractmethod
     def weigh(self, seen: Seen) -> Tensor | None:
         """Weights [windows, tokens] (of an expert, [rows]), none negative; None counts every token once."""
+
+
+class Rewrite(Step, slot="rewrite"):
+    """A change of parameters, made while they are read, after which the model computes the same."""
+
+    @abstractmethod
+    def plan(self, stream: ResidualStream) -> Edits:
+        """What becomes of which parameter, by name. Names that the model does not have are left out by who applies
+        them."""
 
 
 class Transform(Step, slot="transform"):

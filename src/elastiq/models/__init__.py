@@ -3,8 +3,10 @@
 from .discover import Layout, discover
 from .fused import fused_groups
 from .generation import read_generation
+from .residual_stream import residual_stream
 from .scaled import is_eight_bit
 from .skeleton import (
+    NO_EDITS,
     build_skeleton,
     free_module,
     free_parameter,
@@ -15,6 +17,7 @@ from .skeleton import (
 from .source import ModelSource, load_tokenizer
 
 __all__ = [
+    "NO_EDITS",
     "Layout",
     "ModelSource",
     "build_skeleton",
@@ -28,4 +31,5 @@ __all__ = [
     "load_tokenizer",
     "read_generation",
     "read_parameter",
+    "residual_stream",
 ]

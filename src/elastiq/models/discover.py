@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -217,7 +218,6 @@ def _trace(model: PreTrainedModel, blocks: tuple[str, ...], names: set[str]) -> 
     Nothing is computed or allocated. Where a block cannot run without numbers, what was seen until then counts and
     the rest of its sites keep to themselves: that costs statistics, not correctness.
     """
-    twin = copy.deepcopy(model)
     leader: dict[str, str] = {}
     finished: set[int] = set()
     seen: list[tuple[Tensor, int, str]] = []
@@ -238,13 +238,23 @@ def _trace(model: PreTrainedModel, blocks: tuple[str, ...], names: set[str]) -> 
         finished.add(index)
         return result
 
-    for name, module in twin.named_modules():
-        if name in names:
-            module.register_forward_pre_hook(partial(note, name))
-        if name in blocks:
-            module.forward = partial(guarded, blocks.index(name), module.forward)
-        if any(_is_fused(module, p) for p in module.parameters(recurse=False)):
-            module.forward = lambda hidden, *args, **kwargs: hidden
+    def watch(twin: nn.Module) -> None:
+        for name, module in twin.named_modules():
+            if name in names:
+                module.register_forward_pre_hook(partial(note, name))
+            if name in blocks:
+                module.forward = partial(guarded, blocks.index(name), module.forward)
+            if any(_is_fused(module, p) for p in module.parameters(recurse=False)):
+                module.forward = lambda hidden, *args, **kwargs: hidden
+
+    fake_pass(model, watch)
+    return leader, finished
+
+
+def fake_pass(model: PreTrainedModel, watch: Callable[[nn.Module], None]) -> None:
+    """One pass of a twin of `model` over fake tokens, as far as it gets; watch(twin) puts hooks into it first."""
+    twin = copy.deepcopy(model)
+    watch(twin)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             for module in twin.modules():
@@ -253,7 +263,6 @@ def _trace(model: PreTrainedModel, blocks: tuple[str, ...], names: set[str]) -> 
             twin(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
     except Exception as error:
         log.debug("shared inputs: the model needs numbers: %s", error)
-    return leader, finished
 
 
 def _make_fake(tensors: dict[str, Any]) -> None:

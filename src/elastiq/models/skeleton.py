@@ -14,17 +14,19 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from ..core import ElastiqError, library_errors
+from ..core import Edits, ElastiqError, library_errors
 from .source import ModelSource
 from .weight_map import WeightMap
 
+NO_EDITS: Edits = {}
 _MAPS: WeakKeyDictionary[PreTrainedModel, WeightMap] = WeakKeyDictionary()
 
 
-def build_skeleton(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+def build_skeleton(source: ModelSource, dtype: torch.dtype, edits: Edits = NO_EDITS) -> PreTrainedModel:
     """The model in eval mode with every parameter on the meta device in `dtype`; buffers are real.
 
-    Tied parameters are one object, unless the checkpoint holds different weights for them. Experts of
+    edits: what becomes of parameters, by name, when their weights are read. Tied parameters are one object, unless the
+    checkpoint holds different weights for them or they are edited in different ways. Experts of
     mixture-of-experts models run one after another ("eager"), attention as the family's default. Raises ElastiqError
     for what is not a causal language model that transformers itself implements.
     """
@@ -44,9 +46,10 @@ def build_skeleton(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     _check_class(source, model)
     model.eval().requires_grad_(False)
     model.tie_weights()
-    weights = WeightMap(model, source, dtype)
-    if _untie_different(model, weights):
-        weights = WeightMap(model, source, dtype)
+    weights = WeightMap(model, source, dtype, edits, {})
+    apart = _untie_different(model, weights)
+    if apart:
+        weights = WeightMap(model, source, dtype, edits, {n: o for n, o in apart.items() if n not in weights})
     _MAPS[model] = weights
     return model
 
@@ -143,16 +146,20 @@ def _set(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> None:
     model.get_submodule(parent)._parameters[key] = parameter
 
 
-def _untie_different(model: PreTrainedModel, weights: WeightMap) -> bool:
-    """Separate tied parameters for which the checkpoint holds several tensors with different values."""
-    changed = False
-    for first, *others in sorted(set(weights.tied.values())):
-        for other in others:
-            if first in weights and other in weights and not weights.same_values(first, other, model):
+def _untie_different(model: PreTrainedModel, weights: WeightMap) -> dict[str, str]:
+    """Separate tied parameters that the checkpoint holds different tensors for, or that are edited in different ways:
+    their names, and those of the ones they were tied to, which the checkpoint holds."""
+    apart: dict[str, str] = {}
+    for names in sorted(set(weights.tied.values())):
+        first = next((name for name in names if name in weights), names[0])
+        for other in names:
+            edited = weights.edits.get(first) != weights.edits.get(other)
+            stored = first in weights and other in weights and not weights.same_values(first, other, model)
+            if other != first and (edited or stored):
                 own = torch.empty_like(model.get_parameter(other), device="meta")
                 _set(model, other, nn.Parameter(own, requires_grad=False))
-                changed = True
-    return changed
+                apart[other] = first
+    return apart
 
 
 def _refuse(source: ModelSource) -> None:

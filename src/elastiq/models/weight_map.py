@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from ..core import ElastiqError, require_held
+from ..core import Edits, ElastiqError, require_held
 from .source import ModelSource, TensorReader
 
 
@@ -43,11 +44,20 @@ class _Group:
 class WeightMap:
     """How the parameters and persistent buffers of `model` (as just built) are made from the tensors of `source`.
 
-    tied: parameter name -> all names of the same parameter (itself included); only where there are several.
+    tied: parameter name -> all names of the same parameter (itself included); only where there are several. edits: what
+    becomes of parameters as they are read. borrowed: parameter -> the one whose tensors it is made of too.
     """
 
-    def __init__(self, model: PreTrainedModel, source: ModelSource, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        source: ModelSource,
+        dtype: torch.dtype,
+        edits: Edits,
+        borrowed: Mapping[str, str],
+    ) -> None:
         state = model.state_dict()
+        self.edits, self.borrowed = edits, borrowed
         self.source = source
         self.tied = _tied(model)
         self._groups = _group(model, source, state)
@@ -56,7 +66,7 @@ class WeightMap:
         self._floating = {name for name, tensor in state.items() if tensor.is_floating_point()}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._owner
+        return name in self._owner or name in self.borrowed
 
     def read(self, names: Iterable[str], dtype: torch.dtype, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         """(name, new tensor on the CPU) of `names` and of what is require_held together with them.
@@ -66,6 +76,9 @@ class WeightMap:
         """
         groups = []
         for name in names:
+            if name in self.borrowed:
+                yield name, self._edited(name, self._plain(self.borrowed[name], dtype, model), model)
+                continue
             group = self._owner.get(name)
             if group is None:
                 raise ElastiqError(f"{self.source.path}: the checkpoint has no tensor for the parameter {name}")
@@ -73,7 +86,20 @@ class WeightMap:
                 groups.append(group)
         with self.source.open() as reader:
             for group in groups:
-                yield from self._convert(group, reader, dtype, model)
+                for name, tensor in self._convert(group, reader, dtype, model):
+                    yield name, self._edited(name, tensor, model)
+
+    def _edited(self, name: str, tensor: Tensor, model: PreTrainedModel) -> Tensor:
+        edit = self.edits.get(name)
+        if edit is None:
+            return tensor
+        read = partial(self._plain, dtype=torch.float32, model=model)
+        return edit.apply(tensor.float(), read).to(tensor.dtype)
+
+    def _plain(self, name: str, dtype: torch.dtype, model: PreTrainedModel) -> Tensor:
+        """A parameter as the checkpoint has it."""
+        with self.source.open() as reader:
+            return dict(self._convert(self._owner[name], reader, dtype, model))[name]
 
     def _convert(
         self, group: _Group, reader: TensorReader, dtype: torch.dtype, model: PreTrainedModel

@@ -30,6 +30,9 @@ class Diagonal(Fold, kind="diagonal"):
         """The nearest that half precision holds."""
         return Diagonal(to_half(scale).clamp_min(2.0**-14).half())
 
+    def channels(self) -> int:
+        return len(self.scale)
+
     def forward(self, x: Tensor) -> Tensor:
         return x / self.scale.to(x.dtype)
 
@@ -75,6 +78,9 @@ class Hadamard(Fold, kind="hadamard"):
     def of(signs: Tensor) -> Hadamard:
         """From bool [in]."""
         return Hadamard(pack_planes(signs.to(torch.uint8), 1)[0], len(signs))
+
+    def channels(self) -> int:
+        return self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         return mix(x, *self.rotation())

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as logs
 
 from ..checkpoint import CheckpointReader, CheckpointWriter
 from ..checkpoint.files import json_bytes, read_config, spelled
@@ -34,6 +35,9 @@ _SIZE = 8.0
 """How much larger or smaller logits may become at any width: few bits explain every distance, but no zeros."""
 _ARITHMETIC = 0.02
 """Gap that 16-bit parts and activations in fixed point may make."""
+
+
+_TIED = "tie_word_embeddings"
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ def check_config(source: ModelSource, config: Mapping[str, Any]) -> None:
                 "with transformers and save its configuration again"
             ) from error
     wanted = _entries(source.config)
+    for said, part in ((config, wanted), (config.get("text_config"), wanted.get("text_config"))):
+        if isinstance(said, Mapping) and isinstance(part, dict) and _TIED in said:
+            part[_TIED] = said[_TIED]  # a head of its own under a configuration that ties is not called tied
     for each in found:
         entries = _entries(each)
         if name := next((n for n in wanted.keys() | entries.keys() if wanted.get(n) != entries.get(n)), None):
@@ -158,10 +165,16 @@ def _elastiq(path: Path, bits: int) -> PreTrainedModel:
 
 
 def _transformers(path: Path, bits: int) -> PreTrainedModel:
-    """At the widest, which transformers takes by itself."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-    )
+    """At the widest, which transformers takes by itself. Its progress bar is not ours to show."""
+    shown = logs.is_progress_bar_enabled()
+    logs.disable_progress_bar()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        )
+    finally:
+        if shown:
+            logs.enable_progress_bar()
     return model
 
 

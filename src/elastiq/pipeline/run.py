@@ -26,6 +26,7 @@ from ..checkpoint.publish import new_place
 from ..checkpoint.sizes import level_sizes
 from ..core import (
     Codes,
+    Edits,
     ElastiqError,
     Fold,
     Format,
@@ -46,7 +47,7 @@ from ..evaluate import doubts, mean_error, write_card
 from ..foreign.importing import ordinary
 from ..formats import Integer
 from ..linalg import native
-from ..models import Layout, ModelSource, build_skeleton, discover, free_module, load_module, read_generation
+from ..models import NO_EDITS, Layout, ModelSource, build_skeleton, discover, free_module, load_module, read_generation
 from ..runtime.swap import embedding_factor
 from ..solvers import RoundToNearest
 from ..text import beginning, check_ids
@@ -55,6 +56,7 @@ from ..tuners.training import codes_of
 from .absorption import Absorbed, absorb
 from .guard import Checked, check_config, check_result, keep_logits
 from .planning import DEFAULT_RECIPE, STATES_IN_MEMORY, plan_of
+from .rewriting import plan_rewrites
 from .stream import BlockStream
 from .tuning import Forgetful, arithmetic, tune
 
@@ -167,7 +169,8 @@ def _quantize(
     if not restart and is_finished(output, fingerprint):
         write_card(output)
         return _summary(output, len(ids), begin, already_finished=True)
-    skeleton = build_skeleton(source, dtype or torch.float32)
+    edits = plan_rewrites(source, recipe, ids, device) if recipe.rewrites else NO_EDITS
+    skeleton = build_skeleton(source, dtype or torch.float32, edits)
     if recipe.token_weights is not None and recipe.token_weights.attention:
         skeleton.set_attn_implementation("eager")  # the others keep their probabilities to themselves
     layout = discover(skeleton)
@@ -204,7 +207,9 @@ def _quantize(
         }
         if recipe.tuner is not None and trained is not None:
             sites = layout.sites + (layout.outer if recipe.embeddings else ())
-            tuned = tune(writer, source, layout, sites, recipe.levels, recipe.tuner, trained, dtype, device, report)
+            tuned = tune(
+                writer, source, edits, layout, sites, recipe.levels, recipe.tuner, trained, dtype, device, report
+            )  # fmt: skip
             info["tuning"] = {"texts": file_names(tuning), "windows": len(trained), "loss": tuned}
         report("writing the checkpoint", 0, 1)
         checked: list[Checked] = []
@@ -214,7 +219,7 @@ def _quantize(
             checked.append(check_result(writer, ids, dtype or torch.float32, result))
             report("comparing it with the model", 1, 1)
 
-        writer.finish(_base(source, layout, recipe), source.path, config, recipe, info, check)
+        writer.finish(_base(source, edits, layout, recipe), source.path, config, recipe, info, check)
     write_card(output)
     for doubt in doubts(CheckpointReader(output, verify=False).table):
         log.warning("%s", doubt)
@@ -448,11 +453,11 @@ def _energy(matrix: Tensor, stats: Stats) -> float:
     return total(matrix.square() @ stats.mean_diagonal(matrix.shape[1]))
 
 
-def _base(source: ModelSource, layout: Layout, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
+def _base(source: ModelSource, edits: Edits, layout: Layout, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and persistent buffer that no unit holds, each once, in the precision the model is stored in."""
     dtype = source.config.dtype if isinstance(source.config.dtype, torch.dtype) else torch.float32
     wide = torch.float32 if dtype == torch.float16 else dtype  # files may hold more than float16 does
-    model = build_skeleton(source, wide)
+    model = build_skeleton(source, wide, edits)
     quantized = {f"{site.name}.weight" if site.expert is None else site.tensor for site in layout.sites}
     if recipe.embeddings:
         quantized |= {f"{site.name}.weight" for site in layout.outer}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from .. import statistics  # noqa: F401  (they register themselves)
-from ..core import ElastiqError, Site, Statistic, Stats, TokenWeights
+from ..core import Edits, ElastiqError, Site, Statistic, Stats, TokenWeights
 from ..models import Layout, ModelSource, free_module, give_back_memory, load_module, read_parameter
 from ..text import check_ids
 from .objective import BlockObjective
@@ -149,19 +149,31 @@ class BlockStream:
         self._load(block)
         return self._model.get_parameter(name).detach().to(torch.float32, copy=True)
 
-    @torch.no_grad()
     def unchanged(self, block: int, factors: Mapping[str, Tensor], tolerance: float = 0.01) -> bool:
         """Whether the block adds the same to every hidden state of a batch, but for a part of `tolerance`, with some of
         its parameters multiplied by `factors`."""
+        return self._unchanged(block, lambda name, values: values * factors[name].to(values), factors, tolerance)
+
+    def unedited(self, block: int, edits: Edits, tolerance: float = 0.01) -> bool:
+        """The same with those of `edits` that the block has."""
+        own = [name for name in edits if name in self.parameters(block)]
+        return self._unchanged(
+            block, lambda name, v: edits[name].apply(v.float(), self._model.get_parameter).to(v), own, tolerance
+        )
+
+    @torch.no_grad()
+    def _unchanged(
+        self, block: int, change: Callable[[str, Tensor], Tensor], names: Iterable[str], tolerance: float
+    ) -> bool:
         self._load(block)
         start, stop = next(self._batches())
         call, module = self._calls[stop - start][block], self._blocks[block]
         before = call.run(module, self._batch(start, stop))
-        kept = {name: self._model.get_parameter(name) for name in factors}
+        kept = {name: self._model.get_parameter(name) for name in names}
         values = {name: parameter.data for name, parameter in kept.items()}
         try:
             for name, parameter in kept.items():
-                parameter.data = values[name] * factors[name].to(values[name])
+                parameter.data = change(name, values[name])
             after = call.run(module, self._batch(start, stop))
         finally:
             for name, parameter in kept.items():

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import CheckpointWriter
 from ..checkpoint.tensors import tensor_bytes, write_tensors
-from ..core import Codes, ElastiqError, QuantizedWeight, SideTerm, Site, Tuner
+from ..core import Codes, Edits, ElastiqError, QuantizedWeight, SideTerm, Site, Tuner
 from ..models import Layout, ModelSource, build_skeleton, free_parameter, load_module
 from ..tuners.training import Weights
 from .objective import by_parameter, parameter
@@ -42,6 +42,7 @@ _CHUNK = 2**21
 def tune(
     writer: CheckpointWriter,
     source: ModelSource,
+    edits: Edits,
     layout: Layout,
     sites: Sequence[Site],
     levels: Sequence[int],
@@ -53,12 +54,13 @@ def tune(
 ) -> dict[int, dict[str, Any]]:
     """Tune every level whose result is not durable yet; the loss before and after of each.
 
-    ids: int64 [windows, seq_len]. wanted: as in `arithmetic`; what is not a matrix of `sites` stays in float32. Memory:
-    the matrices once in the arithmetic's type, codes, the answers, and the activations of one batch.
+    edits: as for `build_skeleton`. ids: int64 [windows, seq_len]. wanted: as in `arithmetic`; what is not a matrix of
+    `sites` stays in float32. Memory: the matrices once in the arithmetic's type, codes, the answers, and the
+    activations of one batch.
     """
     todo = [group for group in tuner.groups(levels) if not set(group) <= writer.tuned().keys()]
     if todo:
-        model = build_skeleton(source, torch.float32)
+        model = build_skeleton(source, torch.float32, edits)
         answers = writer.side_file("answers")
         exact = arithmetic(device, wanted, [level for group in tuner.groups(levels) for level in group])
         _load(model, source, sites, exact, device)

@@ -33,6 +33,7 @@ from .nf4 import nf4
 from .nv import nv
 from .pb_llm import pb_llm
 from .quarot import quarot
+from .quarot_stream import quarot_stream
 from .rsq import rsq
 from .rtn import rtn
 from .smoothquant import smoothquant
@@ -61,6 +62,7 @@ _RECIPES: tuple[Callable[..., Recipe], ...] = (
     nv,
     pb_llm,
     quarot,
+    quarot_stream,
     rsq,
     smoothquant,
     spqr,
@@ -187,6 +189,7 @@ __all__ = [
     "nv",
     "pb_llm",
     "quarot",
+    "quarot_stream",
     "read",
     "rsq",
     "rtn",

@@ -12,7 +12,7 @@ from ..transforms import RandomHadamard
 
 
 def rsq(
-    levels: tuple[int, ...] = (3,),
+    levels: tuple[int, ...] = (4,),
     group_size: int = 64,
     *,
     symmetric: bool = False,
