@@ -357,5 +357,5 @@ def show_evaluation(result: dict[str, Any]) -> None:
         full = [_perplexity(result["full"]["perplexity"]), "0", "0", "0", "100.00%"]
         rows.append(["16", "16.00", megabytes(result["full"]["bytes_in_memory"]), "", *full])
     _table(columns, rows)
-    out.print(printable(f"{result['protocol']['words']}; {result['protocol']['predicted_tokens']} predicted tokens"))
-    out.print(printable(f"single tokens: {result['tokens']}"))
+    words = f"{result['protocol']['words']}; {result['protocol']['predicted_tokens']} predicted tokens"
+    out.print(printable(f"{words}; single tokens: {result['tokens']}"))
