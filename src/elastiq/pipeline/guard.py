@@ -96,9 +96,12 @@ def keep_logits(writer: CheckpointWriter, stream: BlockStream) -> None:
     writer.write_side_file(_LOGITS, write)
 
 
-def check_result(writer: CheckpointWriter, ids: Tensor, dtype: torch.dtype, result: Path) -> Checked:
+def check_result(
+    writer: CheckpointWriter, ids: Tensor, dtype: torch.dtype, result: Path, energies: bool
+) -> Checked:
     """Load the finished checkpoint in `result` both ways, at its widest, and compare the first window's logits with
-    those kept. ids: the calibration's. dtype: of the arithmetic in which they were computed.
+    those kept. ids: the calibration's. dtype: of the arithmetic in which they were computed. energies: whether those of
+    the level table are parts of a block's output.
 
     It takes the memory of a user's load, and says so where there is not enough. Raises ElastiqError if the logits are
     further apart than the errors of the matrices explain.
@@ -115,7 +118,7 @@ def check_result(writer: CheckpointWriter, ids: Tensor, dtype: torch.dtype, resu
     if not bool(torch.isfinite(wanted).all()):
         return _skipped("the model's own logits are not finite on the first calibration window")
     level = reader.levels[-1]
-    bound = _FACTOR * math.sqrt(_explained(reader.table, level)) + _ARITHMETIC + 8 * torch.finfo(dtype).eps
+    bound = _FACTOR * math.sqrt(_explained(reader.table, level, energies)) + _ARITHMETIC + 8 * torch.finfo(dtype).eps
     gap = 0.0
     for name, loader in (("elastiq.load", _elastiq), ("from_pretrained", _transformers)):
         model = loader(result, level)
@@ -148,14 +151,14 @@ def relative_gap(found: Tensor, wanted: Tensor) -> float:
     return float(gaps.median()) if bool(gaps.isfinite().all()) else math.inf
 
 
-def _explained(rows: Sequence[Mapping[str, Any]], level: int) -> float:
+def _explained(rows: Sequence[Mapping[str, Any]], level: int, energies: bool) -> float:
     """Squared relative error of the hidden states that the errors of the matrices add up to. An error counts by the
     part of its block's output that the matrix makes, wholly where that is not known; an error that tuning left unknown
     is that of plain rounding."""
     total = 0.0
     for row in rows:
         error = row["levels"][str(level)]["error"]
-        energy = row["energy"]
+        energy = row["energy"] if energies else None
         total += (3.0 * 4.0**-level if error is None else error) * (1.0 if energy is None else energy)
     return total
 

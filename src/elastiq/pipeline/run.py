@@ -216,7 +216,7 @@ def _quantize(
 
         def check(result: Path) -> None:
             report("comparing it with the model", 0, 1)
-            checked.append(check_result(writer, ids, dtype or torch.float32, result))
+            checked.append(check_result(writer, ids, dtype or torch.float32, result, _weighs_gradients(recipe)))
             report("comparing it with the model", 1, 1)
 
         writer.finish(_base(source, edits, layout, recipe), source.path, config, recipe, info, check)
@@ -355,6 +355,11 @@ def _units(layout: Layout, recipe: Recipe) -> set[str]:
     return {_unit(block) for block in range(-1 if recipe.embeddings else 0, len(layout.blocks))}
 
 
+def _weighs_gradients(recipe: Recipe) -> bool:
+    """Whether statistics tell how far a block's output moves, so that a row's energy is a part of that output."""
+    return recipe.token_weights is not None and recipe.token_weights.gradients
+
+
 def _too_few(site: Site, stats: Stats) -> bool:
     """Whether calibration says too little about the input of a matrix."""
     return stats.count < TOKENS_PER_CHANNEL * site.shape[1] or not stats.total
@@ -475,7 +480,8 @@ def _config(source: ModelSource, layout: Layout) -> dict[str, Any]:
     """config.json without code; a head that has weights of its own in the files is not called tied."""
     config: dict[str, Any] = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
     config.pop("auto_map", None)
-    config.pop("compression_config", None)
+    for key in ("quantization_config", "compression_config"):  # of the source's own arrays; the writer puts in ours
+        config.pop(key, None)
     if layout.head is not None and not layout.tied:
         for part, said in ((config, source.config), (config.get("text_config"), source.config.get_text_config())):
             if isinstance(part, dict) and getattr(said, "tie_word_embeddings", False):
