@@ -210,7 +210,8 @@ class CompiledStep:
         # Detached, so that the memory stays where other storage is put under one of the tensors.
         self._kept = [tensor.detach() for tensor in self._tensors]
         self._kept += [array.detach() for matrix in self._matrices for array in matrix.read_arrays()]
-        self._tensors += [cast(Tensor, matrix._buffers["weight"]) for matrix in self._matrices]
+        first_planes = (matrix._buffers.get("weight") for matrix in self._matrices)  # rows of several widths have none
+        self._tensors += [plane for plane in first_planes if plane is not None]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         self._table = 0, torch.empty(0), torch.empty(0)  # first position, cosines and sines from there on
         self._compared: set[int] = set()  # doublings of the position at which both ways were found equal
