@@ -148,7 +148,8 @@ def _swap_embedding(model: nn.Module, parent: nn.Module, leaf: str, stored: Stor
     for name, head in heads:
         head_parent, _, head_leaf = name.rpartition(".")
         setattr(model.get_submodule(head_parent), head_leaf, TiedHead(nested, getattr(head, "bias", None)))
-    model.resize_token_embeddings = partial(_refuse_resize, stored.name)  # transformers would look for a weight
+    # transformers would look for a weight
+    model.resize_token_embeddings = partial(_refuse_resize, stored.name)  # type: ignore[assignment]
 
 
 def _refuse_resize(name: str, *args: Any, **kwargs: Any) -> NoReturn:
