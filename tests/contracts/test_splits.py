@@ -161,3 +161,26 @@ def test_sensitive_weights_are_those_whose_absence_saves_most() -> None:
                 gain[row, column] = cost(weight, row, group) - cost(filled, row, group, column)
     expected = torch.zeros(weight.numel(), dtype=torch.bool).index_fill(0, gain.flatten().topk(16).indices, True)
     assert torch.equal((term.dense(3) != 0).flatten(), expected)
+
+
+def test_relative_outliers_count_in_root_mean_squares() -> None:
+    """Inputs of root mean square 2: a channel that reaches 13 is beyond 6 of them, one that reaches 11 is not."""
+    x = 2.0 * torch.where(torch.rand(400, 32, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
+    x[0, 5], x[0, 9] = 13.0, 11.0
+    stats = Stats.empty(32)
+    stats.update(x)
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
+    rest, _ = OutlierFeatures(6.0, relative=True).split(weight, Minifloat("int8"), stats)
+    assert torch.nonzero((rest == 0).all(dim=0)).flatten().tolist() == [5]
+
+
+def test_the_place_of_a_salient_weight_holds_what_its_row_says_with_its_sign() -> None:
+    """The mean size of the others, so that its binary weight costs them nothing; stored is the difference."""
+    weight, stats = weight_and_stats(12, 64)
+    rest, (term,) = Salient(0.1).split(weight, Integer((1,), -1), stats)
+    where = rest != weight
+    assert 0.05 * weight.numel() < int(where.sum()) <= round(0.1 * weight.numel())
+    for row, chosen, filled in zip(weight, where, rest, strict=True):
+        size = row[~chosen].abs().mean()
+        torch.testing.assert_close(filled[chosen], size * row[chosen].sign())
+    assert float((rest + term.dense(1) - weight).abs().max()) < float(weight.abs().max()) / 100

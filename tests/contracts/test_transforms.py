@@ -155,3 +155,16 @@ def test_a_rotation_flattens_outliers() -> None:
 
     behind = fold.out_of(solved(inner, fold.stats(stats)))
     assert output_error(weight, behind, stats) < output_error(weight, solved(weight, stats), stats)
+
+
+def test_awq_is_judged_at_the_lowest_level_unless_another_is_named() -> None:
+    """The scale is that of a format with this level alone; at 2 and at 8 bits they are not the same."""
+    weight, stats = weight_and_stats(48, 128)
+
+    def scale(levels: tuple[int, ...], level: int = 0) -> Tensor:
+        fold = ActivationAware(level=level).plan([weight], stats, Integer(levels, 32))
+        return fold.into(torch.ones(1, 128))
+
+    at_two, at_eight = scale((2,)), scale((8,))
+    assert not torch.allclose(at_two, at_eight)
+    assert torch.equal(scale((2, 4, 8)), at_two) and torch.equal(scale((2, 4, 8), level=8), at_eight)

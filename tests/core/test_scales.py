@@ -90,3 +90,12 @@ def test_a_grid_as_it_is_read() -> None:
 def test_other_ways_are_refused(scales: str, sentence: str) -> None:
     with pytest.raises(ElastiqError, match=sentence):
         Integer(scales=scales)
+
+
+def test_a_range_that_rounding_makes_longer_takes_the_next_power() -> None:
+    """From 0.5 to 63.5 in ones: 64 steps once both ends are rounded, which 6 bits do not hold, so steps of two."""
+    scale = torch.linspace(0.5, 63.5, 16)[None] / 1024
+    arrays = encode_level("int6", 4, scale, None)
+    read = decode_level("int6", 4, arrays, 16, True)[0].float()
+    assert float((read - scale).abs().max()) <= 1 / 1024
+    assert arrays["scale_4_step"].tolist() == [[-9]]

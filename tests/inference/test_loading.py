@@ -274,3 +274,52 @@ def test_symmetric_and_single_level(checkpoint: Callable[..., Any]) -> None:
     assert torch.allclose(model(IDS).logits, expected, rtol=1e-3, atol=1e-4)
     with pytest.raises(ElastiqError, match="it can be read at 4 bits, not 3"):
         load(path, bits=3)
+
+
+@pytest.mark.parametrize("bits", [None, 5])
+def test_a_quantized_table_is_not_resized(checkpoint: Callable[..., Any], bits: int | None) -> None:
+    model = load(checkpoint("llama", embeddings=True)[0], bits)
+    for again in (model, copy.deepcopy(model)):
+        with pytest.raises(ElastiqError, match=r"embed_tokens: a quantized embedding table keeps its size; resize"):
+            again.resize_token_embeddings(300)
+    full = load(checkpoint("llama")[0], bits)
+    full.resize_token_embeddings(300, mean_resizing=False)
+    assert full(IDS).logits.shape[-1] == 300
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_copies_answer_alike_and_are_set_apart(
+    checkpoint: Callable[..., Any], embeddings: bool, tmp_path: Path
+) -> None:
+    """A deep copy and a pickled model have the same planes, and widths of their own; planes not held are still read."""
+    model = load(checkpoint("llama", embeddings=embeddings)[0], 3)
+    wide = load(checkpoint("llama", embeddings=embeddings)[0], 5)(IDS).logits
+    torch.save(model, tmp_path / "model.pt")
+    before = model(IDS).logits
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(other(IDS).logits, before)
+        set_bits(other, 5)
+        assert torch.equal(other(IDS).logits, wide) and torch.equal(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_cast_model_answers_in_its_dtype(checkpoint: Callable[..., Any], dtype: torch.dtype) -> None:
+    path = checkpoint("llama", embeddings=True)[0]
+    expected = load(path, 4)(IDS).logits
+    logits = load(path, 4).to(dtype)(IDS).logits
+    assert logits.dtype == dtype
+    assert float((logits.double() - expected).norm() / expected.norm()) < 50 * max(torch.finfo(dtype).eps, 1e-5)
+
+
+def test_gradients_pass_through_with_checkpointing(checkpoint: Callable[..., Any]) -> None:
+    model = load(checkpoint("llama")[0], 4)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.train()
+        scale = model.model.layers[0].input_layernorm.weight.requires_grad_()
+        scale.grad = None
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        found.append(scale.grad.clone())
+    assert found[0].abs().sum() > 0 and torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-7)

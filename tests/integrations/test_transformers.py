@@ -285,14 +285,17 @@ print("stopped")
 
 def test_adapters_on_top_learn(checkpoint: Callable[..., Path]) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    from peft.tuners.lora import Linear
-
+    from elastiq.integrations.peft import NestedLora
     from elastiq.runtime import NestedLinear
 
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-    config._register_custom_module({NestedLinear: Linear})
+    config._register_custom_module({NestedLinear: NestedLora})
     model = peft.get_peft_model(load(checkpoint(), 3), config)
     loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward()
     trainable = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert trainable and all("lora_" in name and g is not None and g.abs().sum() > 0 for name, g in trainable.items())
+    with pytest.raises(ElastiqError, match=r"q_proj: an adapter cannot be merged into nested codes; keep it on top"):
+        model.merge_and_unload()
+    bare = model.unload()
+    assert torch.equal(bare(IDS).logits, load(checkpoint(), 3)(IDS).logits)

@@ -21,12 +21,14 @@ from transformers import AutoModelForCausalLM
 import elastiq
 from elastiq import ElastiqError, recipes
 from elastiq.checkpoint import CheckpointReader, CheckpointWriter
+from elastiq.core import Site, Stats
 from elastiq.inference.loading import bits_per_weight
 from elastiq.models import ModelSource, build_skeleton, discover
 from elastiq.pipeline.planning import plan
-from elastiq.pipeline.run import quantize
+from elastiq.pipeline.run import quantize, quantize_matrix
 from elastiq.pipeline.stream import BlockStream
 from elastiq.pipeline.tuning import ANSWER_BYTES
+from elastiq.runtime import nested_matrices
 from elastiq.token_weights import BlockOutput
 from elastiq.tuners import ScaleTuning
 
@@ -348,3 +350,38 @@ def test_arithmetic_in_bfloat16_does_not_round_the_weights(
         for stream in (coarse, fine):
             stream.collect(block)
             stream.advance(block)
+
+
+def test_quantized_inputs_are_those_of_the_top_level(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block is calibrated on what the blocks before it answer at 8 bits, not at 2."""
+    given: dict[str, torch.Tensor] = {}
+    advance = BlockStream.advance
+
+    def noted(stream: BlockStream, block: int, replaced: dict[str, torch.Tensor] | None = None) -> None:
+        given.update(replaced or {})
+        advance(stream, block, replaced)
+
+    monkeypatch.setattr(BlockStream, "advance", noted)
+    quantize(tiny_model("llama"), tmp_path / "out", recipes.nested((2, 8), 32, inputs="quantized"), IDS)
+    top, low = (nested_matrices(elastiq.load(tmp_path / "out", bits)) for bits in (8, 2))
+    assert given.keys() == top.keys()
+    for name, weight in given.items():
+        torch.testing.assert_close(weight, top[name].dense(), rtol=1e-5, atol=1e-7)
+        assert not torch.allclose(weight, low[name].dense(), rtol=1e-2)
+
+
+def test_energies_of_the_level_table_are_per_row_and_token() -> None:
+    """The weight of a token is a squared norm over all outputs of a matrix, so that the sum over its rows says what
+    that many rows would move: a matrix of the same rows twice has the same energy."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(400, 48, generator=generator), torch.randn(24, 48, generator=generator)
+    counts = torch.rand(400, generator=generator) + 0.5
+    stats = Stats.empty(48)
+    stats.update(x, counts)
+    for rows in (weight, torch.cat([weight, weight])):
+        site = Site("m", "linear", tuple(rows.shape), 0, "m")
+        _, row = quantize_matrix(site, rows, stats, recipes.rtn((4,), 16), block_energy=7.0)
+        moved = (counts[:, None] * (x.double() @ weight.double().T).square()).sum() / (400 * 24 * 7.0)
+        assert row["energy"] == pytest.approx(float(moved), rel=1e-4)

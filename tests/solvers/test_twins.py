@@ -12,7 +12,7 @@ from naive import solvers as naive
 
 from elastiq.core import Codes, ElastiqError, Format, Grid, Solver, Stats
 from elastiq.formats import Integer, Minifloat, NormalFloat
-from elastiq.linalg import streams
+from elastiq.linalg import columns, streams
 from elastiq.linalg.cholesky import damped
 from elastiq.solvers import GPTQ, HQQ, BitStack, DecoupleQ, Nested, RoundToNearest
 from elastiq.solvers.decoupleq import least_squares
@@ -252,3 +252,30 @@ def test_hqq_minimises_what_it_says() -> None:
         plain = ((weight.unflatten(1, (-1, 64)) - low) / scale).round() * scale + low
         start = float((weight - plain.flatten(1)).abs().pow(0.7).sum())
         assert losses[1] <= losses[0] <= start * 1.001 and losses[1] < gain * start
+
+
+def test_refinement_weighs_the_high_levels_by_their_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by those that stand first: 6 and 8 bits count 5 and 7 here, in every sweep that leaves low bits alone."""
+    seen = []
+    descend = columns.descend
+    monkeypatch.setattr(columns, "descend", lambda nest, *rest: (seen.append(nest), descend(nest, *rest))[1])
+    weight, stats = weight_and_stats(8, 64)
+    codes_of(Nested((1.0, 3.0, 5.0, 7.0), refines=2, passes=1), Integer((2, 4, 6, 8), 32), weight, stats)
+    refining = [(nest.levels, nest.weights) for nest in seen if nest.keep]
+    assert refining == [((6, 8), (5.0, 7.0))] * 4, "two sweeps over two groups"
+    assert {(nest.levels, nest.weights) for nest in seen if not nest.keep} == {((2, 4, 6, 8), (1.0, 3.0, 5.0, 7.0))}
+
+
+def test_the_clip_search_of_a_format_weighs_errors_by_the_hessians_diagonal() -> None:
+    """A channel that is hardly used may be clipped: the naive search with these weights finds the same scales, and one
+    with equal weights finds others."""
+    weight, stats = weight_and_stats(24, 64)
+    grid = Integer((3,), 32).fit(weight, stats)
+    agreed = []
+    for importance in (stats.mean_diagonal(64).double().numpy(), np.ones(64)):
+        fitted = [
+            [naive.fit_group(row[at].double().numpy(), importance[at], 3)[0] for at in (slice(32), slice(32, 64))]
+            for row in weight
+        ]
+        agreed.append(float((grid.scale[0] == torch.tensor(fitted).float()).float().mean()))
+    assert agreed[0] > 0.9 and agreed[1] < 0.8

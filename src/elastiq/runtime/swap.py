@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, cast
+from functools import partial
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -147,3 +148,12 @@ def _swap_embedding(model: nn.Module, parent: nn.Module, leaf: str, stored: Stor
     for name, head in heads:
         head_parent, _, head_leaf = name.rpartition(".")
         setattr(model.get_submodule(head_parent), head_leaf, TiedHead(nested, getattr(head, "bias", None)))
+    # transformers would look for a weight
+    model.resize_token_embeddings = partial(_refuse_resize, stored.name)  # type: ignore[assignment]
+
+
+def _refuse_resize(name: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise ElastiqError(
+        f"{name}: a quantized embedding table keeps its size; resize the 16-bit model and quantize that, or quantize "
+        "without --embeddings"
+    )
