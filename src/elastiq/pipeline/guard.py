@@ -97,9 +97,7 @@ def keep_logits(writer: CheckpointWriter, stream: BlockStream) -> None:
     writer.write_side_file(_LOGITS, write)
 
 
-def check_result(
-    writer: CheckpointWriter, ids: Tensor, dtype: torch.dtype, result: Path, energies: bool
-) -> Checked:
+def check_result(writer: CheckpointWriter, ids: Tensor, dtype: torch.dtype, result: Path, energies: bool) -> Checked:
     """Load the finished checkpoint in `result` both ways, at its widest, and compare the first window's logits with
     those kept. ids: the calibration's. dtype: of the arithmetic in which they were computed. energies: whether those of
     the level table are parts of a block's output.
