@@ -100,6 +100,17 @@ def test_it_is_left_out_where_memory_is_short(
     assert "the finished checkpoint was not compared with the model: loading it takes" in caplog.text
 
 
+def test_logits_that_are_all_equal_are_nothing_to_compare_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny.make_model("llama", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": torch.zeros_like(tensors["lm_head.weight"])}, model / "model.safetensors")
+    with caplog.at_level(logging.WARNING, "elastiq"):
+        quantized(model, tmp_path / "out")
+    assert "the model's own logits are all equal" in caplog.text
+
+
 def test_a_config_that_is_not_read_back_is_refused_before_the_work(tmp_path: Path) -> None:
     source = ModelSource(tiny.make_model("llama", tmp_path / "model"))
     written = json.loads((tmp_path / "model" / "config.json").read_text())

@@ -266,6 +266,12 @@ def test_places_and_generation_settings_are_looked_at_before_the_work(
     monkeypatch.setattr(quantize_module, "calibration_ids", None)  # the first thing that takes time
     with pytest.raises(ElastiqError, match=r"generation_config\.json: transformers cannot read it \(.*remove it"):
         quantize(source, tmp_path / "out", RECIPE, IDS)
+    for value, said in (('"</s>"', "'</s>'"), ('[1, "</s>"]', r"\[1, '</s>'\]"), ("true", "True"), ("1.5", r"1\.5")):
+        (source / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
+        with pytest.raises(
+            ElastiqError, match=rf"generation_config\.json: eos_token_id is {said}, and tokens are whole"
+        ):
+            quantize(source, tmp_path / "out", RECIPE, IDS)
     nested = tmp_path / "nested"
     nested.mkdir()
     for name in ("checksums.json", "base.safetensors"):

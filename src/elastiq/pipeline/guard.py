@@ -35,7 +35,8 @@ _SIZE = 8.0
 """How much larger or smaller logits may become at any width: few bits explain every distance, but no zeros."""
 _ARITHMETIC = 0.02
 """Gap that 16-bit parts and activations in fixed point may make."""
-
+_NOTHING = 1e-6
+"""Part of logits that float32 makes where all tokens have the same: no distance is relative to that."""
 
 _TIED = "tie_word_embeddings"
 
@@ -96,9 +97,7 @@ def keep_logits(writer: CheckpointWriter, stream: BlockStream) -> None:
     writer.write_side_file(_LOGITS, write)
 
 
-def check_result(
-    writer: CheckpointWriter, ids: Tensor, dtype: torch.dtype, result: Path, energies: bool
-) -> Checked:
+def check_result(writer: CheckpointWriter, ids: Tensor, dtype: torch.dtype, result: Path, energies: bool) -> Checked:
     """Load the finished checkpoint in `result` both ways, at its widest, and compare the first window's logits with
     those kept. ids: the calibration's. dtype: of the arithmetic in which they were computed. energies: whether those of
     the level table are parts of a block's output.
@@ -117,6 +116,8 @@ def check_result(
     wanted = torch.from_numpy(np.load(kept, allow_pickle=False))
     if not bool(torch.isfinite(wanted).all()):
         return _skipped("the model's own logits are not finite on the first calibration window")
+    if float((wanted - wanted.mean(dim=-1, keepdim=True)).norm()) <= _NOTHING * float(wanted.norm()):
+        return _skipped("the model's own logits are all equal on the first calibration window")
     level = reader.levels[-1]
     bound = _FACTOR * math.sqrt(_explained(reader.table, level, energies)) + _ARITHMETIC + 8 * torch.finfo(dtype).eps
     gap = 0.0
