@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from ..core import ElastiqError
+from ..core import ElastiqError, library_errors
 
 _FILE = "generation_config.json"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -17,11 +17,8 @@ def read_generation(directory: Path) -> GenerationConfig | None:
     token that it names is no whole number: transformers reads such a file, and fails at the first answer."""
     if not (directory / _FILE).is_file():
         return None
-    try:
+    with library_errors(f"{directory / _FILE}: transformers cannot read it", "mend or remove it"):
         settings = GenerationConfig.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # transformers raises what it likes
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ElastiqError(f"{directory / _FILE}: transformers cannot read it ({reason}); mend or remove it") from None
     for name in _TOKENS:
         value = getattr(settings, name)
         tokens = value if isinstance(value, list) else [] if value is None else [value]

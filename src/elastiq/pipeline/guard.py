@@ -20,7 +20,7 @@ from transformers.utils import logging as logs
 from ..checkpoint import CheckpointReader, CheckpointWriter
 from ..checkpoint.files import json_bytes, read_config, spelled
 from ..checkpoint.names import BASE, CONFIG, plane_file
-from ..core import ElastiqError
+from ..core import ElastiqError, library_errors
 from ..inference.loading import load
 from ..models import ModelSource, give_back_memory
 from .stream import BlockStream
@@ -57,17 +57,12 @@ def check_config(source: ModelSource, config: Mapping[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG
         path.write_bytes(json_bytes(spelled(dict(config)), CONFIG))
-        try:
+        what = f"{source.path}: its config.json cannot be read back once it is written"
+        with library_errors(what, "load the model with transformers and save its configuration again"):
             found = [
                 AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True),
                 AutoConfig.for_model(**read_config(path)),
             ]
-        except Exception as error:  # transformers raises what it likes
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ElastiqError(
-                f"{source.path}: its config.json cannot be read back once it is written ({reason}); load the model "
-                "with transformers and save its configuration again"
-            ) from error
     wanted = _entries(source.config)
     for said, part in ((config, wanted), (config.get("text_config"), wanted.get("text_config"))):
         if isinstance(said, Mapping) and isinstance(part, dict) and _TIED in said:
